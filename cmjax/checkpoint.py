@@ -1,0 +1,211 @@
+"""Save and restore of TrainState and config: the only door for orbax.
+
+A checkpoint holds params, target, optimiser state and each EMA as separate items, so
+that one set of weights can be read alone, and `meta`: the resolved config, the step and
+the shape of an example. A step is there whole or not at all.
+"""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import gc
+import logging
+from pathlib import Path
+import sys
+from typing import Any, TypeVar
+
+import jax
+import orbax.checkpoint as ocp
+
+from cmjax.core import Params, TrainState, UserError
+
+T = TypeVar('T')
+
+ONLINE = 'online'  # the name of the weights that are trained, beside those of EMAs
+
+
+class Checkpoints:
+  """The checkpoints of one run, under `workdir/checkpoints`."""
+
+  def __init__(self, workdir: str | Path, keep: int):
+    self._folder = Path(workdir).resolve() / 'checkpoints'
+    self._manager = ocp.CheckpointManager(
+      self._folder,
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=keep, cleanup_tmp_directories=True
+      ),
+    )
+
+  def save(self, state: TrainState, meta: dict[str, Any]) -> None:
+    """Starts saving; the state may be donated as soon as this returns."""
+    step = int(state.step)
+    if step in self._manager.all_steps():
+      return
+    items = {name: ocp.args.StandardSave(v) for name, v in _items(state).items()}
+    items['meta'] = ocp.args.JsonSave(meta | {'step': step})
+    self._manager.save(step, args=ocp.args.Composite(**items))
+
+  def restore(self, like: TrainState, say: Callable[[str], None]) -> TrainState | None:
+    """The newest whole checkpoint in the shapes and shardings of `like`, or None.
+
+    A damaged one is said, and renamed to `STEP.damaged` so that its step can be saved
+    again and its owner can still look at it.
+
+    Raises: UserError if there are checkpoints and none is whole.
+    """
+
+    def read(step):
+      items = {
+        name: ocp.args.StandardRestore(_abstract(tree))
+        for name, tree in _items(like).items()
+      }
+      found = self._manager.restore(step, args=ocp.args.Composite(**items))
+      return _state(found, like)
+
+    for step in sorted(self._manager.all_steps(), reverse=True):
+      try:
+        with _quiet():
+          return read(step)
+      except Exception as error:  # a cut file surfaces as many kinds of error
+        folder = self._folder / str(step)
+        folder.rename(folder.with_suffix('.damaged'))
+        say(
+          f'checkpoint {step} is damaged ({_line(error)}), '
+          f'set aside as {folder}.damaged'
+        )
+    if any(self._folder.glob('*.damaged')):
+      raise UserError(
+        f'no whole checkpoint is left in {self._folder}; start again in another '
+        '--workdir'
+      )
+    return None
+
+  def wait(self) -> None:
+    """Returns once everything started is on disk."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits, then lets go."""
+    self._manager.close()
+
+
+def newest(
+  path: str | Path, read: Callable[[int, dict[str, Any]], T], say: Callable[[str], None]
+) -> T:
+  """What `read(step, meta)` makes of a run's newest whole checkpoint, or the one named.
+
+  Args:
+    path: a work directory, or one of its `checkpoints/STEP`.
+    read: reads more of that checkpoint; if it fails, the next older one is tried.
+    say: told of each damaged checkpoint that is passed over.
+
+  Raises: UserError if there is none, and whatever UserError `read` raises.
+  """
+  folder, steps = _find(path)
+  for step in steps:
+    try:
+      meta = _read(folder, step, meta=ocp.args.JsonRestore())['meta']
+      return read(step, meta)
+    except UserError:
+      raise
+    except Exception as error:  # a cut file surfaces as many kinds of error
+      say(
+        f'checkpoint {folder / str(step)} is damaged ({_line(error)}), looking further'
+      )
+  raise UserError(f'{path}: no whole checkpoint; is it the --workdir of a run?')
+
+
+def read_weights(path: str | Path, step: int, name: str, like: Params) -> Params:
+  """One set of weights, `online` or the name of an EMA, in the shapes of `like`.
+
+  Raises: UserError if the checkpoint has no such weights, or those of another network,
+    naming the first parameter that differs; whatever orbax raises if it is damaged.
+  """
+  folder, _ = _find(path)
+  item = ONLINE if name == ONLINE else f'ema.{name}'
+  if not (folder / str(step) / item).is_dir():
+    emas = (p.name.removeprefix('ema.') for p in (folder / str(step)).glob('ema.*'))
+    have = ', '.join([ONLINE, *sorted(emas)])
+    raise UserError(f'{path}: no weights {name!r}; there are {have}')
+  with _quiet(), ocp.CheckpointManager(folder, options=_READ_ONLY) as manager:
+    found = manager.item_metadata(step)[item]
+  _same_network(path, found.tree, like)
+  return _read(folder, step, **{item: ocp.args.StandardRestore(_abstract(like))})[item]
+
+
+_READ_ONLY = ocp.CheckpointManagerOptions(
+  read_only=True, create=False, save_interval_steps=0
+)
+
+
+def _same_network(path: str | Path, found: Any, like: Params) -> None:
+  there = {
+    jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(found)
+  }
+  here = {
+    jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(like)
+  }
+  for key in [*here, *there]:
+    a, b = there.get(key), here.get(key)
+    if a is None or b is None or tuple(a.shape) != tuple(b.shape):
+      shapes = ['absent' if v is None else str(tuple(v.shape)) for v in (a, b)]
+      raise UserError(
+        f'{path} holds another network: parameter {key} is {shapes[0]} there and '
+        f'{shapes[1]} here; give config.network and config.data of that run'
+      )
+
+
+def _find(path: str | Path) -> tuple[Path, list[int]]:
+  path = Path(path).resolve()
+  if path.name.isdigit() and path.parent.name == 'checkpoints' and path.is_dir():
+    return path.parent, [int(path.name)]
+  folder = path / 'checkpoints'
+  if not folder.is_dir():
+    raise UserError(f'{path}: no checkpoints there; is it the --workdir of a run?')
+  steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit()]
+  return folder, sorted(steps, reverse=True)
+
+
+def _read(folder: Path, step: int, **items: Any) -> Any:
+  with _quiet(), ocp.CheckpointManager(folder, options=_READ_ONLY) as manager:
+    return manager.restore(step, args=ocp.args.Composite(**items))
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+  items = {ONLINE: state.params, 'opt_state': state.opt_state, 'step': [state.step]}
+  if state.target is not None:
+    items['target'] = state.target
+  return items | {f'ema.{name}': tree for name, tree in state.ema.items()}
+
+
+def _state(found: Any, like: TrainState) -> TrainState:
+  return TrainState(
+    step=found['step'][0],
+    params=found[ONLINE],
+    target=None if like.target is None else found['target'],
+    ema={name: found[f'ema.{name}'] for name in like.ema},
+    opt_state=found['opt_state'],
+  )
+
+
+def _abstract(tree: Any) -> Any:
+  return jax.tree.map(
+    lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), tree
+  )
+
+
+def _line(error: Exception) -> str:
+  return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """Keeps orbax from printing a page for each array of a damaged checkpoint."""
+  hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+  level = logging.root.manager.disable
+  logging.disable(logging.ERROR)
+  try:
+    yield
+  finally:
+    gc.collect()
+    logging.disable(level)
+    sys.unraisablehook = hook

@@ -1,0 +1,108 @@
+"""The vocabulary every other module speaks: values, protocols and key streams."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+import zlib
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+Key = jax.Array
+Params = Any
+Schedule = Callable[[Array], Array]  # step i32[] -> f32[]
+Denoiser = Callable[[Array, Array], Array]  # (x f32[B, ...], t f32[B]) -> E[x0 | x_t]
+Field = Callable[[Array, Array], Array]  # (x f32[B, ...], t f32[B]) -> dx/dt
+Solver = Callable[[Field, Array, Array, Array], Array]  # (field, x, t, r) -> x_r
+
+
+class UserError(ValueError):
+  """A mistake in what the user gave: one line that says what, where and the way out."""
+
+
+class Batch(NamedTuple):
+  """Examples as the objectives see them."""
+
+  x0: Array  # f32[B, ...] data, inside [-1, 1]
+  cond: Array | None  # f32[B, K] one-hot label
+
+
+class Nets(NamedTuple):
+  """The parameters an objective may use; only `online` is differentiated."""
+
+  online: Params
+  target: Params = None
+  teacher: Params = None
+  perceptual: Params = None
+  reference: Params = None
+
+
+class Frozen(NamedTuple):
+  """What a step reads and never changes: an argument of it, never a closure."""
+
+  teacher: Params = None
+  perceptual: Params = None
+  reference: Params = None
+
+
+class LossOut(NamedTuple):
+  """One number an example, not averaged, and what is worth logging beside it."""
+
+  loss: Array  # f32[B]
+  aux: Mapping[str, Array]  # f32[B] each; `t` is always there
+
+
+class TrainState(NamedTuple):
+  """Everything that cannot be recomputed, and nothing else."""
+
+  step: Array  # i32[]
+  params: Params
+  target: Params  # None where the objective uses stop-gradient of `params`
+  ema: dict[str, Params]
+  opt_state: Any
+
+
+class Network(NamedTuple):
+  """A raw network F as two pure functions."""
+
+  init: Callable[..., Params]  # (key, x, c_noise, cond) -> params
+  apply: Callable[..., Array]  # (params, x, c_noise, cond, *, key=None) -> F
+
+
+class Model(Protocol):
+  """A preconditioned network: a denoiser D or a consistency function f."""
+
+  def __call__(
+    self, params: Params, x: Array, t: Array, cond: Array | None, *, key: Key | None
+  ) -> Array:
+    """f32[B, ...] at noise levels f32[B] -> f32[B, ...]; dropout only under a key."""
+
+
+class Loss(Protocol):
+  """An objective, pure and written for the global batch."""
+
+  def __call__(
+    self, nets: Nets, batch: Batch, step: Array, keys: Mapping[str, Key]
+  ) -> LossOut:
+    """Draws times and noise from `keys`, and returns one loss an example."""
+
+
+STREAMS = ('time', 'noise', 'dropout')
+
+
+def streams(root: Key, step: Array | int) -> dict[str, Key]:
+  """The step's keys by name: nothing random is ever saved."""
+  at_step = jax.random.fold_in(root, step)
+  return {
+    name: jax.random.fold_in(at_step, zlib.crc32(name.encode())) for name in STREAMS
+  }
+
+
+def expand(t: Array, x: Array) -> Array:
+  """f32[B] -> f32[B, 1, ...] with the rank of x f32[B, ...]."""
+  return jnp.reshape(t, t.shape + (1,) * (x.ndim - t.ndim))
+
+
+def sum_features(x: Array) -> Array:
+  """f32[B, ...] -> f32[B], summed over all but the first axis."""
+  return jnp.sum(x, axis=tuple(range(1, x.ndim)))

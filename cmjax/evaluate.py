@@ -1,0 +1,152 @@
+"""params -> samples -> statistics and pictures, in batches over all devices."""
+
+from collections.abc import Callable, Mapping
+import functools
+import time
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from sklearn import linear_model
+
+from cmjax import config as configs
+from cmjax import data, logs, sharding, statistics
+from cmjax.core import Model, Params
+from cmjax.run import Opened, Run
+from cmjax.samplers import Sampler
+
+Metric = Callable[['Drawn'], dict[str, float]]
+
+
+class Drawn(NamedTuple):
+  """Samples as a user would keep them, with what made them."""
+
+  x: np.ndarray  # f32[N, ...] in [-1, 1], clipped to the range of the data
+  labels: np.ndarray | None  # i[N], as asked for
+  evaluations: int  # network evaluations a sample
+  seconds: float  # with compilation
+
+
+def draw(
+  subject: Run | Opened, params: Params, sampler: Sampler, *, samples: int, seed: int
+) -> Drawn:
+  """Samples with the labels of the data, in its order, as often round as needed.
+
+  Sample i depends on `seed` and i alone, not on the batch size or the devices.
+  """
+  source, mesh = subject.source, subject.mesh
+  begun = time.monotonic()
+  batch = min(subject.config.evaluation.batch_size, samples)
+  batch = -(-batch // mesh.size) * mesh.size
+  index = np.arange(-(-samples // batch) * batch)
+  run_batch = _compiled(subject.f, sampler, source.shape, mesh)
+
+  made, evaluations, cond = [], 0, None
+  for rows in np.split(index, len(index) // batch):
+    if source.labels is not None:
+      labels = data.one_hot(source, rows % len(source.labels))
+      cond = sharding.place(labels, sharding.by_example(mesh))
+    rows = sharding.place(rows.astype(np.uint32), sharding.by_example(mesh))
+    x, evaluations = run_batch(params, jax.random.key(seed), rows, cond)
+    made.append(np.asarray(x))
+  labels = None
+  if source.labels is not None:
+    labels = source.labels[np.arange(samples) % len(source.labels)]
+  x = data.clip(source, np.concatenate(made)[:samples])
+  return Drawn(x, labels, int(evaluations), time.monotonic() - begun)
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(f: Model, sampler: Sampler, shape: tuple[int, ...], mesh: Any):
+  def run_batch(params, root, rows, cond):
+    keys = jax.vmap(lambda i: jax.random.fold_in(root, i))(rows)
+    return sampler(f, params, keys, cond, shape)
+
+  return jax.jit(run_batch, out_shardings=sharding.replicated(mesh))
+
+
+def table(
+  subject: Run | Opened, params: Params, metrics: Mapping[str, Metric]
+) -> list[dict[str, Any]]:
+  """One row a sampler: its network evaluations a sample, and every metric."""
+  rows = []
+  for name, sampler in subject.samplers.items():
+    wanted = subject.config.evaluation
+    drawn = draw(subject, params, sampler, samples=wanted.samples, seed=wanted.seed)
+    row = {'sampler': name, 'evaluations': drawn.evaluations, 'samples': len(drawn.x)}
+    for metric in metrics.values():
+      row |= metric(drawn)
+    rows.append(row)
+  return rows
+
+
+def picture(source: data.Source, x: np.ndarray, columns: int = 20) -> np.ndarray:
+  """Samples f32[N, ...] as uint8[H, W, 3]: a grid, or points over the data."""
+  if len(source.shape) == 1:
+    return logs.scatter(x[:, :2], data.as_x0(source, source.examples[:2000, :2]))
+  return logs.grid(data.as_uint8(source, x), columns)
+
+
+def log_pictures(run: Run, params: Params, step: int, log: logs.RunLog) -> None:
+  """A picture a sampler, always of the same noise and labels."""
+  wanted = run.config.evaluation
+  for name, sampler in run.samplers.items():
+    drawn = draw(run, params, sampler, samples=wanted.pictured, seed=wanted.seed)
+    log.picture(step, name, picture(run.source, drawn.x))
+
+
+def log_table(run: Run, params: Params, step: int, log: logs.RunLog) -> None:
+  """The metrics of every sampler, as scalars named sampler/metric."""
+  metrics = build_metrics(run)
+  for row in table(run, params, metrics):
+    name = row.pop('sampler')
+    log.scalars(step, {f'{name}/{key}': float(value) for key, value in row.items()})
+    logs.say(f'step {step} {name}: ' + ' '.join(f'{k}={v:.4g}' for k, v in row.items()))
+
+
+def build_metrics(subject: Run | Opened) -> dict[str, Metric]:
+  """The metrics of a config, on its data.
+
+  Raises: UserError if one does not fit the data.
+  """
+  return configs.build_each(
+    subject.config.metrics, 'config.metrics', source=subject.source
+  )
+
+
+def pixel_frechet(source: data.Source) -> Metric:
+  """Frechet distance between pixels of all data and samples: not an FID.
+
+  Both are scaled so that the data has standard deviation 0.5 over all pixels.
+  """
+  real = _pixels(data.as_x0(source, source.examples))
+  scale = 0.5 / real.std()
+
+  def metric(drawn):
+    made = scale * _pixels(drawn.x)
+    return {'pixel_frechet': statistics.frechet_distance(made, scale * real)}
+
+  return metric
+
+
+def label_agreement(source: data.Source) -> Metric:
+  """Share of samples that a classifier of the real data gives the label asked for.
+
+  The classifier is a logistic regression on pixels, fitted to all of the data.
+
+  Raises: ValueError if the data has no labels.
+  """
+  if source.labels is None:
+    raise ValueError('label_agreement needs labels; set config.data.conditional=True')
+  judge = linear_model.LogisticRegression(max_iter=1000)
+  judge.fit(_pixels(data.as_x0(source, source.examples)), source.labels)
+
+  def metric(drawn):
+    agreed = judge.predict(_pixels(drawn.x)) == drawn.labels
+    return {'label_agreement': float(np.mean(agreed))}
+
+  return metric
+
+
+def _pixels(x: np.ndarray) -> np.ndarray:
+  return x.reshape(len(x), -1)

@@ -1,0 +1,146 @@
+"""Scalars, pictures, tables and progress: the only door for clu and TensorBoard."""
+
+from collections.abc import Mapping
+import json
+import math
+from pathlib import Path
+import sys
+import time
+from typing import Any
+
+from clu import parameter_overview
+from matplotlib import figure as figures
+from matplotlib.backends import backend_agg
+import numpy as np
+from PIL import Image
+import tensorboardX
+import tqdm
+
+
+def say(text: str) -> None:
+  """One line to the user, above a progress bar if there is one."""
+  tqdm.tqdm.write(text, file=sys.stdout)
+  sys.stdout.flush()
+
+
+class RunLog:
+  """Scalars and pictures of one run; only `primary`, the first process, writes."""
+
+  def __init__(self, workdir: str | Path, primary: bool):
+    self._workdir = Path(workdir)
+    self._primary = primary
+    if primary:
+      self._lines = (self._workdir / 'metrics.jsonl').open('a', encoding='utf-8')
+      self._events = tensorboardX.SummaryWriter(str(self._workdir / 'tensorboard'))
+
+  def scalars(self, step: int, values: Mapping[str, float]) -> None:
+    """Appends to `metrics.jsonl` and to the TensorBoard events; NaN is null in JSON."""
+    if not self._primary:
+      return
+    row = {k: v if math.isfinite(v) else None for k, v in values.items()}
+    print(json.dumps({'step': step} | row), file=self._lines, flush=True)
+    for name, value in values.items():
+      self._events.add_scalar(name, value, step)
+
+  def picture(self, step: int, name: str, image: np.ndarray) -> None:
+    """uint8[H, W, 3] to `pictures/NAME_STEP.png` and to the TensorBoard events."""
+    if not self._primary:
+      return
+    write_png(self._workdir / 'pictures' / f'{name}_{step:08d}.png', image)
+    self._events.add_image(name, image, step, dataformats='HWC')
+
+  def close(self) -> None:
+    """Flushes both files."""
+    if self._primary:
+      self._lines.close()
+      self._events.close()
+
+
+class Progress:
+  """A bar on a terminal; plain lines, one a report, anywhere else."""
+
+  def __init__(self, start: int, total: int):
+    self._total = total
+    self._begun = time.monotonic(), start
+    terminal = sys.stderr.isatty()
+    self._bar = (
+      tqdm.tqdm(total=total, initial=start, unit='step', dynamic_ncols=True)
+      if terminal
+      else None
+    )
+
+  def advance(self) -> None:
+    """One more step was dispatched."""
+    if self._bar is not None:
+      self._bar.update()
+
+  def report(self, step: int, values: Mapping[str, float]) -> None:
+    """Shows the newest numbers, and the time left where there is no bar."""
+    text = ' '.join(f'{k}={v:.4g}' for k, v in values.items())
+    if self._bar is not None:
+      self._bar.set_postfix_str(text)
+      return
+    seconds, steps = time.monotonic() - self._begun[0], step - self._begun[1]
+    left = (self._total - step) * seconds / max(steps, 1)
+    say(f'step {step}/{self._total} {text} left={left:.0f}s')
+
+  def close(self) -> None:
+    """Leaves the bar where it is."""
+    if self._bar is not None:
+      self._bar.close()
+
+
+def write_png(path: str | Path, image: np.ndarray) -> None:
+  """Writes uint8[H, W, 3]; folders on the way are made."""
+  Path(path).parent.mkdir(parents=True, exist_ok=True)
+  Image.fromarray(image).save(path)
+
+
+def grid(images: np.ndarray, columns: int, cell: int = 48) -> np.ndarray:
+  """uint8[N, H, W, 1 or 3] -> uint8[H', W', 3], row by row.
+
+  Small images are enlarged by a whole factor to about `cell` pixels, never smoothed.
+  """
+  factor = max(1, cell // images.shape[1])
+  big = np.repeat(np.repeat(images, factor, axis=1), factor, axis=2)
+  if big.shape[-1] == 1:
+    big = np.repeat(big, 3, axis=-1)
+  missing = -len(big) % columns
+  big = np.concatenate([big, np.full((missing, *big.shape[1:]), 255, np.uint8)])
+  big = np.pad(big, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
+  rows, (h, w) = len(big) // columns, big.shape[1:3]
+  big = big.reshape(rows, columns, h, w, 3).transpose(0, 2, 1, 3, 4)
+  return big.reshape(rows * h, columns * w, 3)
+
+
+def scatter(samples: np.ndarray, data: np.ndarray) -> np.ndarray:
+  """Points f32[N, 2] over the data f32[M, 2] -> uint8[H, W, 3]."""
+  figure = figures.Figure(figsize=(4, 4), dpi=120, layout='constrained')
+  axes = figure.add_subplot()
+  axes.plot(*data.T, '.', color='0.8', markersize=2, label='data')
+  axes.plot(*samples.T, '.', color='C0', markersize=2, label='samples')
+  axes.set_aspect('equal')
+  axes.legend(loc='upper right')
+  canvas = backend_agg.FigureCanvasAgg(figure)
+  canvas.draw()
+  return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def parameter_table(params: Any) -> str:
+  """Every parameter with its shape and size, and the total."""
+  return parameter_overview.get_parameter_overview(params, include_stats=False)
+
+
+def markdown_table(rows: list[dict[str, Any]]) -> str:
+  """Rows of equal keys as a Markdown table, floats to three decimals."""
+
+  def cell(value):
+    return f'{value:.3f}' if isinstance(value, float) else str(value)
+
+  heads = list(rows[0])
+  lines = [
+    heads,
+    ['---'] * len(heads),
+    *([cell(row[h]) for h in heads] for row in rows),
+  ]
+  return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)

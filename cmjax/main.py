@@ -1,0 +1,165 @@
+"""Command line: flags -> train, sample, evaluate or dry_run."""
+
+from collections.abc import Sequence
+import json
+import os
+from pathlib import Path
+import sys
+
+from absl import flags
+import jax
+import numpy as np
+
+from cmjax import config as configs
+from cmjax import evaluate, logs
+from cmjax import run as runs
+from cmjax import train as training
+from cmjax.core import UserError
+
+_CONFIG = configs.define_flag('config')
+_WORKDIR = flags.DEFINE_string(
+  'workdir', '', 'Folder of the run: made, or gone on with.'
+)
+_MODE = flags.DEFINE_enum(
+  'mode', 'train', ['train', 'sample', 'evaluate', 'dry_run'], 'What to do.'
+)
+
+
+def main() -> None:
+  """The console script; a user's mistake is one line on stderr and exit code 2."""
+  modes = {
+    'train': _train,
+    'sample': _sample,
+    'evaluate': _evaluate,
+    'dry_run': _dry_run,
+  }
+  try:
+    _parse(sys.argv)
+    modes[_MODE.value]()
+  except (UserError, FloatingPointError) as error:
+    sys.exit(_fail(str(error)))
+  except KeyboardInterrupt:
+    sys.exit(_fail('stopped; the same command goes on from the last checkpoint'))
+
+
+def _fail(text: str) -> int:
+  print(f'cmjax: {text}', file=sys.stderr)
+  return 2
+
+
+def _parse(argv: Sequence[str]) -> None:
+  sys.path.append(os.getcwd())  # a config may name functions of the user's own
+  for flag, value in zip(argv, [*argv[1:], '']):
+    name, _, attached = flag.lstrip('-').partition('=')
+    if name == 'config':
+      configs.allow_imports_beside((attached or value).partition(':')[0])
+  try:
+    rest = flags.FLAGS(list(argv))[1:]
+  except (
+    flags.Error,
+    AttributeError,
+    TypeError,
+    ValueError,
+    KeyError,
+    OSError,
+  ) as error:
+    text = ' '.join(str(error).split())
+    raise UserError(f'{text}; cmjax --help lists the flags') from error
+  if rest:
+    raise UserError(
+      f'unexpected {rest[0]!r}; flags look like --config=FILE --workdir=DIR'
+    )
+
+
+def _config() -> configs.ConfigDict:
+  if _CONFIG.value is None:
+    raise UserError('give --config=FILE, such as configs/ect_digits.py')
+  return configs.checked(_CONFIG.value)
+
+
+def _workdir() -> Path:
+  if not _WORKDIR.value:
+    raise UserError('give --workdir=DIR, the folder of the run')
+  return Path(_WORKDIR.value)
+
+
+def _train() -> None:
+  config, workdir = _config(), _workdir()
+  configs.require(config)
+  training.check_claim(workdir, config)
+  run = runs.prepare(config)
+  if config.every.evaluate_steps:
+    evaluate.build_metrics(run)
+  hooks = {'picture': evaluate.log_pictures, 'evaluate': evaluate.log_table}
+  training.train(run, workdir, hooks)
+  logs.say(f'done: {workdir}')
+
+
+def _reopened() -> runs.Opened:
+  return runs.reopen(_workdir(), None if _CONFIG.value is None else _config())
+
+
+def _sample() -> None:
+  opened = _reopened()
+  folder = _unused(_workdir() / 'samples' / f'step_{opened.step:08d}')
+  wanted = opened.config.evaluation
+  for name, sampler in opened.samplers.items():
+    drawn = evaluate.draw(
+      opened, opened.params, sampler, samples=wanted.pictured, seed=wanted.seed
+    )
+    path = folder / f'{name}.png'
+    logs.write_png(path, evaluate.picture(opened.source, drawn.x))
+    arrays = {'images': drawn.x, 'evaluations': drawn.evaluations}
+    if drawn.labels is not None:
+      arrays['labels'] = drawn.labels
+    np.savez(folder / f'{name}.npz', **arrays)
+    logs.say(
+      f'{path} and .npz: {len(drawn.x)} samples, {drawn.evaluations} evaluations'
+    )
+
+
+def _evaluate() -> None:
+  opened = _reopened()
+  rows = evaluate.table(opened, opened.params, evaluate.build_metrics(opened))
+  text = (
+    f'{opened.source.name}, step {opened.step:,}, '
+    f'weights {opened.config.sample_weights}, '
+    f'seed {opened.config.evaluation.seed}\n\n{logs.markdown_table(rows)}\n'
+  )
+  path = _unused(_workdir() / f'evaluation_{opened.step:08d}', '.json')
+  facts = {'data': opened.source.name, 'step': opened.step, 'rows': rows}
+  facts['config'] = opened.config.to_dict()
+  path.write_text(json.dumps(facts, indent=2), encoding='utf-8')
+  path.with_suffix('.md').write_text(text, encoding='utf-8')
+  logs.say(f'{text}\n{path} and .md')
+
+
+def _dry_run() -> None:
+  config = _config()
+  run = runs.prepare(config)
+  last = run.total_steps
+  points = [0, last // 4, last // 2, 3 * last // 4, max(last - 1, 0)]
+  rows = [
+    {'schedule': name} | {f'step {step}': f'{float(at(step)):.4g}' for step in points}
+    for name, at in run.schedules.items()
+  ]
+  logs.say(configs.to_json(config))
+  logs.say(logs.parameter_table(run.abstract_params()))
+  logs.say(logs.markdown_table(rows) if rows else 'no schedules')
+  logs.say(
+    f'\n{run.source.name}: {len(run.source.examples):,} examples of '
+    f'{run.source.shape}; {last:,} steps of {config.batch_size} on {run.mesh.size} '
+    f'{jax.devices()[0].platform} device(s)'
+  )
+
+
+def _unused(path: Path, suffix: str = '') -> Path:
+  """The path itself, or with the first number that no file or folder has yet."""
+  candidate, number = path.with_name(path.name + suffix), 2
+  while candidate.exists():
+    candidate, number = path.with_name(f'{path.name}_{number}{suffix}'), number + 1
+  return candidate
+
+
+if __name__ == '__main__':
+  main()

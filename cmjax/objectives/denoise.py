@@ -1,0 +1,44 @@
+"""Diffusion training: regress the posterior mean E[x0 | x_t]."""
+
+import jax
+
+from cmjax.core import Array, Key, Loss, LossOut, Model, Nets
+from cmjax.distances import Weighting, edm_weighting, squared_l2
+from cmjax.process import VE, point
+from cmjax.times import Times
+
+
+def denoising(
+  f: Model,
+  nets: Nets,
+  x0: Array,
+  z: Array,
+  t: Array,
+  cond: Array | None,
+  key: Key | None,
+  *,
+  weighting: Weighting,
+) -> LossOut:
+  """w(t) |D(x0 + t z, t) - x0|^2 at given draws: x0, z f32[B, ...], t f32[B].
+
+  Source: Karras et al. 2022 (EDM), eq. (2).
+  """
+  y = f(nets.online, point(VE, x0, z, t), t, cond, key=key)
+  return LossOut(weighting(t, t) * squared_l2()(y, x0), {'t': t})
+
+
+def edm(f: Model, *, times: Times, sigma_data: float = 0.5) -> Loss:
+  """Denoising score matching with the EDM weight.
+
+  Source: Karras et al. 2022 (EDM), table 1; the sum over pixels as in NVlabs/edm.
+  """
+  weighting = edm_weighting(sigma_data=sigma_data)
+
+  def loss(nets, batch, step, keys):
+    t = times(keys['time'], len(batch.x0))
+    z = jax.random.normal(keys['noise'], batch.x0.shape)
+    return denoising(
+      f, nets, batch.x0, z, t, batch.cond, keys['dropout'], weighting=weighting
+    )
+
+  return loss

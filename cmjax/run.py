@@ -1,0 +1,118 @@
+"""A config checked against its functions, data and devices, before any compute."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from cmjax import checkpoint, data, logs, pretrained, sharding
+from cmjax import config as configs
+from cmjax.core import Loss, Model, Network, Params, Schedule, UserError
+from cmjax.samplers import Sampler
+
+
+class Run(NamedTuple):
+  """All that a config names, built."""
+
+  config: configs.ConfigDict
+  mesh: jax.sharding.Mesh
+  source: data.Source
+  network: Network
+  f: Model
+  loss: Loss
+  tx: optax.GradientTransformation
+  ema_rates: dict[str, Schedule]
+  target_rate: Schedule | None
+  samplers: dict[str, Sampler]
+  schedules: dict[str, Schedule]  # every schedule of the config, by dotted path
+  teacher: Params
+
+  @property
+  def total_steps(self) -> int:
+    """Steps until `total_images` are seen."""
+    return -(-self.config.total_images // self.config.batch_size)
+
+  def meta(self) -> dict[str, Any]:
+    """What a checkpoint says of itself."""
+    return {
+      'config': configs.to_json(self.config),
+      'shape': list(self.source.shape),
+      'classes': self.source.classes,
+    }
+
+  def abstract_params(self) -> Params:
+    """Shapes and places of the parameters."""
+    return pretrained.abstract_params(
+      self.network, self.source.shape, self.source.classes, self.mesh
+    )
+
+
+class Opened(NamedTuple):
+  """A trained run, ready to be sampled."""
+
+  config: configs.ConfigDict
+  mesh: jax.sharding.Mesh
+  source: data.Source
+  f: Model
+  samplers: dict[str, Sampler]
+  params: Params
+  step: int
+
+
+def reopen(workdir: str | Path, config: configs.ConfigDict | None = None) -> Opened:
+  """The newest whole checkpoint of a run, by `config` or the run's own.
+
+  Raises: UserError if there is no checkpoint, or it is of another network.
+  """
+  mesh = sharding.data_mesh()
+  known = pretrained.load(workdir, config=config, mesh=mesh, say=logs.say)
+  source = configs.build(known.config.data, 'config.data')
+  samplers = configs.build_each(known.config.samplers, 'config.samplers')
+  return Opened(known.config, mesh, source, known.f, samplers, known.params, known.step)
+
+
+def prepare(config: configs.ConfigDict, mesh: jax.sharding.Mesh | None = None) -> Run:
+  """Builds every part of a config, and reads its data and its teacher.
+
+  Raises: UserError naming the key and the way out.
+  """
+  configs.checked(config)
+  mesh = mesh or sharding.data_mesh()
+  sharding.check_divisible(config.batch_size, mesh, 'config.batch_size')
+  given = {'batch_size': config.batch_size, 'total_images': config.total_images}
+  samplers = configs.build_each(config.samplers, 'config.samplers')
+  tx = configs.build(config.optimizer, 'config.optimizer', **given)
+  if config.grad_clip_norm > 0:
+    tx = optax.chain(optax.clip_by_global_norm(config.grad_clip_norm), tx)
+  ema_rates = configs.build_each(config.ema, 'config.ema', **given)
+  if config.sample_weights not in (checkpoint.ONLINE, *ema_rates):
+    raise UserError(
+      f'config.sample_weights: no weights {config.sample_weights!r}; there are '
+      f'{", ".join([checkpoint.ONLINE, *ema_rates])}'
+    )
+  target_rate = None
+  if configs.is_part(config.target_rate):
+    target_rate = configs.build(config.target_rate, 'config.target_rate', **given)
+
+  network, f = configs.build_model(config)
+  teacher, known = None, {}
+  if config.teacher:
+    opened = pretrained.load(config.teacher, mesh=mesh, say=logs.say)
+    teacher, known = opened.params, {'teacher': opened.f}
+  loss = configs.build(config.objective, 'config.objective', f=f, **known, **given)
+  source = configs.build(config.data, 'config.data')
+  return Run(
+    config,
+    mesh,
+    source,
+    network,
+    f,
+    loss,
+    tx,
+    ema_rates,
+    target_rate,
+    samplers,
+    configs.schedules(config, **given),
+    teacher,
+  )

@@ -1,0 +1,142 @@
+"""Functions of the step: learning rates, EMA rates, discretisation curricula.
+
+Lengths are in images, so that a change of batch size keeps the recipe; a run gives
+`batch_size` and `total_images`. Each schedule maps i32[] or f32[] to f32[].
+"""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+
+from cmjax.core import Schedule
+
+
+def constant(*, value: float) -> Schedule:
+  """The same value at every step."""
+  return lambda step: jnp.full(jnp.shape(step), value, jnp.float32)
+
+
+def cosine(
+  *, peak: float, batch_size: int, total_images: int, warmup_images: int = 0
+) -> Schedule:
+  """Linear warm-up to `peak`, then half a cosine down to zero at the end of the run."""
+
+  def schedule(step):
+    images = jnp.asarray(step, jnp.float32) * batch_size
+    warm = jnp.minimum((images + batch_size) / max(warmup_images, batch_size), 1.0)
+    share = (images - warmup_images) / max(total_images - warmup_images, 1)
+    return peak * warm * 0.5 * (1 + jnp.cos(math.pi * jnp.clip(share, 0.0, 1.0)))
+
+  return schedule
+
+
+def warmup(*, peak: float, batch_size: int, warmup_images: int) -> Schedule:
+  """Linear from 0 to `peak` over `warmup_images`, then constant.
+
+  Source: NVlabs/edm `training_loop.py`, where warm-up takes 10 million images.
+  """
+  return lambda step: (
+    peak
+    * jnp.minimum(
+      jnp.asarray(step, jnp.float32) * batch_size / max(warmup_images, 1), 1.0
+    )
+  )
+
+
+def half_life(
+  *, half_life_images: int, batch_size: int, rampup_ratio: float = 0.0
+) -> Schedule:
+  """EMA rate whose memory halves each `half_life_images`: 0.5^(batch / half-life).
+
+  With `rampup_ratio` the half-life is at most that share of the images seen so far.
+
+  Source: NVlabs/edm `training_loop.py` (half-life 500k images, ramp-up 0.05).
+  """
+
+  def schedule(step):
+    life = jnp.full(jnp.shape(step), half_life_images, jnp.float32)
+    if rampup_ratio > 0:
+      seen = jnp.asarray(step, jnp.float32) * batch_size * rampup_ratio
+      life = jnp.minimum(life, seen)
+    return 0.5 ** (batch_size / jnp.maximum(life, 1e-8))
+
+  return schedule
+
+
+def power(*, relative_std: float) -> Schedule:
+  """EMA rate (1 - 1/k)^(gamma + 1), k = step + 1: the power-function profile.
+
+  Its memory is a fixed share of the run: `relative_std` is the profile's standard
+  deviation over the run's length. Valid below 0.28, where gamma is positive.
+
+  Source: Karras et al. 2024 (EDM2), section 3.1.
+  """
+  gamma = power_gamma(relative_std)
+  return lambda step: (
+    (1.0 - 1.0 / (jnp.asarray(step, jnp.float32) + 1.0)) ** (gamma + 1.0)
+  )
+
+
+def power_gamma(relative_std: float) -> float:
+  """The exponent gamma of a power-function EMA, from its relative standard deviation.
+
+  Source: Karras et al. 2024 (EDM2), appendix C.
+  """
+  square = relative_std**-2
+  return float(np.max(np.roots([1.0, 7.0, 16.0 - square, 12.0 - square]).real))
+
+
+def shrinking_gap(
+  *, q: float, stage_images: int, batch_size: int, smooth: bool = False
+) -> Schedule:
+  """The relative gap q^-a of ECT, a = 1 + images / stage_images.
+
+  By stages (`smooth=False`) the quotient is rounded down, as locuslab/ect does; smooth
+  lets it shrink with every step (cmjax choice).
+
+  Source: Geng et al. 2024 (ECT), section 3.2, and locuslab/ect `loss.py`.
+  Differs: from the paper's a = floor(images / stage_images), whose first stage is
+    plain diffusion training; as in the released code that stage is left out.
+  """
+
+  def schedule(step):
+    stage = jnp.asarray(step, jnp.float32) * batch_size / stage_images
+    return jnp.float32(q) ** -(1.0 + (stage if smooth else jnp.floor(stage)))
+
+  return schedule
+
+
+def adaptive_bins(
+  *, start: int, end: int, batch_size: int, total_images: int
+) -> Schedule:
+  """N(k), the number of points of the consistency-training grid, from start to end + 1.
+
+  Source: Song et al. 2023, appendix C, with s0 = start and s1 = end.
+  """
+
+  def schedule(step):
+    share = jnp.asarray(step, jnp.float32) * batch_size / total_images
+    square = jnp.clip(share, 0.0, 1.0) * ((end + 1) ** 2 - start**2) + start**2
+    return jnp.maximum(jnp.ceil(jnp.sqrt(square) - 1.0), 1.0) + 1.0
+
+  return schedule
+
+
+def adaptive_target_rate(
+  *,
+  start_rate: float,
+  start: int,
+  end: int,
+  batch_size: int,
+  total_images: int,
+) -> Schedule:
+  """mu(k) = exp(start ln(start_rate) / N(k)), the target network's EMA rate.
+
+  Source: Song et al. 2023, appendix C.
+  Differs: their released code divides by N(k) - 1.
+  """
+  bins = adaptive_bins(
+    start=start, end=end, batch_size=batch_size, total_images=total_images
+  )
+  return lambda step: jnp.exp(start * math.log(start_rate) / bins(step))

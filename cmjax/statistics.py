@@ -1,0 +1,31 @@
+"""Statistics of two sets of features: arrays in, numbers out; no images, no network."""
+
+import numpy as np
+
+
+def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
+  """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)), A and B unbiased covariances.
+
+  Features f[N, D] and f[M, D], any dtype, computed in float64. It is an FID only when
+  the features are those of the 2015 Inception network.
+
+  Raises: ValueError for fewer than two rows, or different D.
+
+  Source: Dowson & Landau 1982; Heusel et al. 2017, eq. (6).
+  """
+  if min(len(a), len(b)) < 2 or a.shape[1:] != b.shape[1:] or a.ndim != 2:
+    raise ValueError(f'needs f[N >= 2, D] twice, got shapes {a.shape} and {b.shape}')
+  a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+  cov_a, cov_b = np.atleast_2d(np.cov(a.T)), np.atleast_2d(np.cov(b.T))
+  root_a = _symmetric_root(cov_a)
+  # (A B)^(1/2) and (A^(1/2) B A^(1/2))^(1/2) have the same trace; the latter is
+  # symmetric, so that rounding cannot make it complex.
+  squares = np.linalg.eigvalsh(root_a @ cov_b @ root_a)
+  cross = np.sum(np.sqrt(np.maximum(squares, 0.0)))
+  distance = np.sum((a.mean(0) - b.mean(0)) ** 2)
+  return float(distance + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
+
+
+def _symmetric_root(matrix: np.ndarray) -> np.ndarray:
+  values, vectors = np.linalg.eigh(matrix)
+  return (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T

@@ -1,0 +1,323 @@
+"""The training step, the state, and the one loop: where all pieces are glued."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+import time
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from cmjax import checkpoint, data, logs, pretrained, sharding
+from cmjax import config as configs
+from cmjax.core import (
+  Array,
+  Batch,
+  Frozen,
+  Loss,
+  Nets,
+  Params,
+  Schedule,
+  TrainState,
+  UserError,
+  streams,
+)
+from cmjax.run import Run
+
+Step = Callable[[TrainState, Frozen, Batch], tuple[TrainState, dict[str, Array]]]
+# Looks at the weights while training: (run, params, step, log), as often as
+# `config.every.NAME_steps` says, and once more at the end; 0 means never.
+Hook = Callable[[Run, Params, int, logs.RunLog], None]
+
+
+def make_train_step(
+  loss: Loss,
+  tx: optax.GradientTransformation,
+  ema_rates: Mapping[str, Schedule],
+  target_rate: Schedule | None,
+  seed: int,
+) -> Step:
+  """One update, for the global batch: value, gradient, optimiser, averages, metrics.
+
+  A step whose loss or gradient is not finite changes nothing but the step number, and
+  counts as `skipped`. Metrics are f32[] each; `loss_q1` to `loss_q4` are means over the
+  quarters of the batch by t, cleanest first.
+  """
+  root = jax.random.key(seed)
+
+  def train_step(state, frozen, batch):
+    def value(params):
+      target = state.target if target_rate else jax.lax.stop_gradient(params)
+      nets = Nets(params, target, **frozen._asdict())
+      out = loss(nets, batch, state.step, streams(root, state.step))
+      return jnp.mean(out.loss), out
+
+    (mean, out), gradient = jax.value_and_grad(value, has_aux=True)(state.params)
+    norm = optax.tree.norm(gradient)
+    updates, opt_state = tx.update(gradient, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    new = TrainState(
+      step=state.step,
+      params=params,
+      target=_averaged(state.target, params, target_rate, state.step),
+      ema={
+        name: _averaged(tree, params, ema_rates[name], state.step)
+        for name, tree in state.ema.items()
+      },
+      opt_state=opt_state,
+    )
+    finite = jnp.isfinite(mean) & jnp.isfinite(norm)
+    kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+    metrics = {'loss': mean, 'grad_norm': norm, 'skipped': 1.0 - finite}
+    metrics |= {f'mean_{name}': jnp.mean(v) for name, v in out.aux.items()}
+    metrics |= _by_quartile(out.loss, out.aux['t'])
+    return kept._replace(step=state.step + 1), metrics
+
+  return train_step
+
+
+def _averaged(
+  average: Params, params: Params, rate: Schedule | None, step: Array
+) -> Params:
+  if rate is None:
+    return None
+  move = 1.0 - rate(step)
+  return jax.tree.map(lambda a, p: a + move * (p - a), average, params)
+
+
+def _by_quartile(loss: Array, t: Array) -> dict[str, Array]:
+  quarter = jnp.argsort(jnp.argsort(t)) * 4 // len(t)
+  means = {}
+  for i in range(4):
+    inside = quarter == i
+    total = jnp.sum(jnp.where(inside, loss, 0.0))
+    means[f'loss_q{i + 1}'] = total / jnp.maximum(jnp.sum(inside), 1)
+  return means
+
+
+def init_state(
+  params: Params,
+  tx: optax.GradientTransformation,
+  ema_names: tuple[str, ...],
+  with_target: bool,
+) -> TrainState:
+  """The state of step 0; under `jit`, so that no two leaves share a buffer."""
+
+  def copy():
+    return jax.tree.map(jnp.copy, params)
+
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=copy(),
+    target=copy() if with_target else None,
+    ema={name: copy() for name in ema_names},
+    opt_state=tx.init(params),
+  )
+
+
+def train(run: Run, workdir: str | Path, hooks: Mapping[str, Hook]) -> TrainState:
+  """Trains to the end of the run, from its newest whole checkpoint if there is one.
+
+  The work directory receives `config.json`, `metrics.jsonl`, `tensorboard/`,
+  `pictures/` and `checkpoints/`.
+
+  Raises: UserError if the directory holds another run, or weights do not fit;
+    FloatingPointError after `config.max_skipped_steps` steps that were not finite.
+  """
+  workdir = Path(workdir)
+  check_claim(workdir, run.config)
+  checkpoints = checkpoint.Checkpoints(workdir, run.config.keep_checkpoints)
+  state = checkpoints.restore(abstract_state(run), logs.say)
+  if state is None:
+    state = first_state(run)
+  _write_config(workdir, run.config)
+  logs.say(_opening(run, int(state.step)))
+  log = logs.RunLog(workdir, primary=jax.process_index() == 0)
+  try:
+    return _loop(run, state, checkpoints, log, hooks)
+  finally:
+    checkpoints.close()
+    log.close()
+
+
+def _loop(
+  run: Run,
+  state: TrainState,
+  checkpoints: checkpoint.Checkpoints,
+  log: logs.RunLog,
+  hooks: Mapping[str, Hook],
+) -> TrainState:
+  every, start, total = run.config.every, int(state.step), run.total_steps
+  frozen = Frozen(teacher=run.teacher)
+  step_fn = jax.jit(
+    make_train_step(run.loss, run.tx, run.ema_rates, run.target_rate, run.config.seed),
+    donate_argnums=0,
+  )
+  progress, window = logs.Progress(start, total), _Window()
+  skipped, begun = 0, time.monotonic()
+  for step in range(start + 1, total + 1):
+    state, metrics = step_fn(state, frozen, batch(run, step - 1))
+    window.add(metrics)
+    progress.advance()
+    if step == start + 1:
+      jax.block_until_ready(metrics)
+      logs.say(f'compiled and made the first step in {time.monotonic() - begun:.1f} s')
+      window.restart_clock()
+    last = step == total
+    if last or step % every.log_steps == 0:
+      means = window.close(run.config.batch_size)
+      skipped += round(means.pop('skipped_steps'))
+      log.scalars(step, means | {'skipped_steps': skipped} | _scheduled(run, step - 1))
+      progress.report(step, {key: means[key] for key in _SHOWN if key in means})
+      _stop_if_lost(run, skipped, step)
+    if last or step % every.checkpoint_steps == 0:
+      checkpoints.save(state, run.meta())
+    for name, hook in hooks.items():
+      often = every[f'{name}_steps']
+      if often and (last or step % often == 0):
+        hook(run, weights(state, run.config.sample_weights), step, log)
+        window.restart_clock()
+  progress.close()
+  return state
+
+
+_SHOWN = ('loss', 'grad_norm', 'images_per_s')
+
+
+class _Window:
+  """The metrics since the last report, left on the device until then."""
+
+  def __init__(self):
+    self._rows = []
+    self.restart_clock()
+
+  def add(self, metrics: dict[str, Array]) -> None:
+    self._rows.append(metrics)
+    self._timed += 1
+
+  def restart_clock(self) -> None:
+    """Leaves what was not training out of images_per_s."""
+    self._since, self._timed = time.monotonic(), 0
+
+  def close(self, batch_size: int) -> dict[str, float]:
+    """Means over the window, the sum of `skipped`, and images_per_s; a new window."""
+    rows = jax.device_get(self._rows)
+    seconds = time.monotonic() - self._since
+    means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    means['skipped_steps'] = means.pop('skipped') * len(rows)
+    if self._timed:
+      means['images_per_s'] = self._timed * batch_size / seconds
+    self._rows = []
+    self.restart_clock()
+    return means
+
+
+def weights(state: TrainState, name: str) -> Params:
+  """The parameters called `online`, or the EMA of that name."""
+  return state.params if name == checkpoint.ONLINE else state.ema[name]
+
+
+def batch(run: Run, step: int) -> Batch:
+  """The global batch of a step, on the devices; each process places its share."""
+  host = data.batch_at(
+    run.source,
+    run.config.seed,
+    step,
+    run.config.batch_size,
+    jax.process_index(),
+    jax.process_count(),
+  )
+  return sharding.place(host, sharding.by_example(run.mesh))
+
+
+def _scheduled(run: Run, step: int) -> dict[str, float]:
+  return {
+    name.removeprefix('config.'): float(schedule(step))
+    for name, schedule in run.schedules.items()
+  }
+
+
+def _stop_if_lost(run: Run, skipped: int, step: int) -> None:
+  if skipped > run.config.max_skipped_steps:
+    raise FloatingPointError(
+      f'{skipped} steps had a loss or gradient that is not finite, the last by step '
+      f'{step}; nothing of them was kept. Lower the learning rate, or set '
+      'config.grad_clip_norm'
+    )
+
+
+def _opening(run: Run, start: int) -> str:
+  size = sum(a.size for a in jax.tree.leaves(run.abstract_params()))
+  begun = f'goes on from step {start:,}' if start else 'starts'
+  return (
+    f'{run.source.name}: {len(run.source.examples):,} examples; {size:,} parameters; '
+    f'{run.total_steps:,} steps of {run.config.batch_size} on {run.mesh.size} '
+    f'{jax.devices()[0].platform} device(s); {begun}'
+  )
+
+
+def check_claim(workdir: str | Path, config: configs.ConfigDict) -> None:
+  """Refuses a work directory that holds a run with another config.
+
+  Raises: UserError naming what differs.
+  """
+  path = Path(workdir) / 'config.json'
+  if not path.exists():
+    return
+  old = configs.from_json(path.read_text(encoding='utf-8'))
+  changed = [d for d in configs.differences(old, config) if _matters(d)]
+  if changed:
+    raise UserError(
+      f'{workdir} holds a run with another config ({"; ".join(changed[:3])}); '
+      'give that config, or another --workdir'
+    )
+
+
+def _matters(difference: str) -> bool:
+  return not difference.startswith(('config.every.', 'config.keep_checkpoints'))
+
+
+def _write_config(workdir: Path, config: configs.ConfigDict) -> None:
+  workdir.mkdir(parents=True, exist_ok=True)
+  (workdir / 'config.json').write_text(configs.to_json(config), encoding='utf-8')
+
+
+def _random_params(run: Run) -> Params:
+  key = jax.random.fold_in(jax.random.key(run.config.seed), zlib.crc32(b'init'))
+  inputs = pretrained.example_inputs(run.source.shape, run.source.classes)
+  zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), inputs)
+  return run.network.init(key, *zeros)
+
+
+def _state_of(run: Run, params: Params) -> TrainState:
+  return init_state(params, run.tx, tuple(run.ema_rates), run.target_rate is not None)
+
+
+def abstract_state(run: Run) -> TrainState:
+  """Shapes, dtypes and places of the whole state, without computing any."""
+  place = sharding.replicated(run.mesh)
+  return jax.tree.map(
+    lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place),
+    jax.eval_shape(lambda: _state_of(run, _random_params(run))),
+  )
+
+
+def first_state(run: Run) -> TrainState:
+  """Random weights, or those of `config.init_from`.
+
+  Raises: UserError if there are none there, or they are of another network.
+  """
+  place = sharding.replicated(run.mesh)
+  if not run.config.init_from:
+    create = jax.jit(lambda: _state_of(run, _random_params(run)), out_shardings=place)
+    return create()
+  like = run.abstract_params()
+  params, theirs = pretrained.load_weights(run.config.init_from, like, logs.say)
+  changed = configs.differences(theirs.precond, run.config.precond)
+  if changed:
+    logs.say(
+      f'init_from was trained with another preconditioning: {"; ".join(changed)}'
+    )
+  return jax.jit(lambda params: _state_of(run, params), out_shardings=place)(params)
