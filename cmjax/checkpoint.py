@@ -126,7 +126,13 @@ def read_weights(path: str | Path, step: int, name: str, like: Params) -> Params
     emas = (p.name.removeprefix('ema.') for p in (folder / str(step)).glob('ema.*'))
     have = ', '.join([ONLINE, *sorted(emas)])
     raise UserError(f'{path}: no weights {name!r}; there are {have}')
-  with _quiet(), ocp.CheckpointManager(folder, options=_READ_ONLY) as manager:
+  handlers = {item: ocp.StandardCheckpointHandler()}
+  with (
+    _quiet(),
+    ocp.CheckpointManager(
+      folder, options=_READ_ONLY, item_handlers=handlers
+    ) as manager,
+  ):
     found = manager.item_metadata(step)[item]
   _same_network(path, found.tree, like)
   return _read(folder, step, **{item: ocp.args.StandardRestore(_abstract(like))})[item]

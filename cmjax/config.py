@@ -227,6 +227,11 @@ def build(spec: ConfigDict, where: str, **given: Any) -> Any:
     raise UserError(f'{where}: {error}') from error
 
 
+def takes(spec: ConfigDict, name: str) -> bool:
+  """Whether the function a part names has a parameter of that name."""
+  return name in inspect.signature(_function(spec.fn, 'fn')).parameters
+
+
 def is_part(value: Any) -> bool:
   """Whether a config value names a function to build."""
   return isinstance(value, ConfigDict) and 'fn' in value

@@ -22,8 +22,13 @@ def squared_l2() -> Distance:
 
 
 def l1() -> Distance:
-  """d(a, b) = |a - b|_1: f32[B, ...] twice -> f32[B]."""
-  return lambda a, b: sum_features(jnp.abs(a - b))
+  """d(a, b) = |a - b|_1: f32[B, ...] twice -> f32[B]; zero gradient where a = b."""
+
+  def distance(a, b):
+    d = a - b
+    return sum_features(jnp.where(d == 0, 0.0, jnp.abs(d)))  # jax has abs'(0) = 1
+
+  return distance
 
 
 def pseudo_huber(*, c: float = 0.0) -> Distance:
@@ -35,9 +40,10 @@ def pseudo_huber(*, c: float = 0.0) -> Distance:
   """
 
   def distance(a, b):
-    squared = sum_features((a - b) ** 2) + c**2
-    positive = squared > 0  # both branches of `where` are differentiated
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, squared, 1.0)), 0.0) - c
+    squared = sum_features((a - b) ** 2)
+    positive = squared + c**2 > 0  # both branches of `where` are differentiated
+    root = jnp.sqrt(jnp.where(positive, squared + c**2, 1.0))
+    return squared / jnp.where(positive, root + c, 1.0)  # exactly zero at a = b
 
   return distance
 

@@ -121,6 +121,22 @@ def scatter(samples: np.ndarray, data: np.ndarray) -> np.ndarray:
   axes.plot(*samples.T, '.', color='C0', markersize=2, label='samples')
   axes.set_aspect('equal')
   axes.legend(loc='upper right')
+  return _rendered(figure)
+
+
+def sheet(panels: Mapping[str, np.ndarray]) -> np.ndarray:
+  """Titled pictures uint8[H, W, 3], one below the other -> uint8[H', W', 3]."""
+  ratio = sum(image.shape[0] / image.shape[1] + 0.05 for image in panels.values())
+  figure = figures.Figure(figsize=(8, 8 * ratio), dpi=120, layout='constrained')
+  rows = figure.subplots(len(panels), squeeze=False)[:, 0]
+  for axes, (title, image) in zip(rows, panels.items()):
+    axes.imshow(image, interpolation='nearest')
+    axes.set_title(title, loc='left', fontsize=10)
+    axes.set_axis_off()
+  return _rendered(figure)
+
+
+def _rendered(figure: figures.Figure) -> np.ndarray:
   canvas = backend_agg.FigureCanvasAgg(figure)
   canvas.draw()
   return np.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from cmjax import config as configs
-from cmjax import evaluate, logs
+from cmjax import data, evaluate, logs
 from cmjax import run as runs
 from cmjax import train as training
 from cmjax.core import UserError
@@ -103,19 +103,21 @@ def _sample() -> None:
   opened = _reopened()
   folder = _unused(_workdir() / 'samples' / f'step_{opened.step:08d}')
   wanted = opened.config.evaluation
+  real = data.as_x0(opened.source, opened.source.examples[: wanted.pictured])
+  panels = {opened.source.name: evaluate.picture(opened.source, real)}
   for name, sampler in opened.samplers.items():
     drawn = evaluate.draw(
       opened, opened.params, sampler, samples=wanted.pictured, seed=wanted.seed
     )
-    path = folder / f'{name}.png'
-    logs.write_png(path, evaluate.picture(opened.source, drawn.x))
+    image = evaluate.picture(opened.source, drawn.x)
+    panels[f'{name}, evaluations of the network a sample: {drawn.evaluations}'] = image
+    logs.write_png(folder / f'{name}.png', image)
     arrays = {'images': drawn.x, 'evaluations': drawn.evaluations}
     if drawn.labels is not None:
       arrays['labels'] = drawn.labels
     np.savez(folder / f'{name}.npz', **arrays)
-    logs.say(
-      f'{path} and .npz: {len(drawn.x)} samples, {drawn.evaluations} evaluations'
-    )
+  logs.write_png(folder / 'all.png', logs.sheet(panels))
+  logs.say(f'{folder / "all.png"}; each sampler has a .png and a .npz beside it')
 
 
 def _evaluate() -> None:

@@ -98,21 +98,29 @@ def prepare(config: configs.ConfigDict, mesh: jax.sharding.Mesh | None = None) -
   network, f = configs.build_model(config)
   teacher, known = None, {}
   if config.teacher:
+    if not configs.takes(config.objective, 'teacher'):
+      raise UserError(
+        f'config.teacher: {config.objective.fn} takes none; leave it empty'
+      )
     opened = pretrained.load(config.teacher, mesh=mesh, say=logs.say)
     teacher, known = opened.params, {'teacher': opened.f}
   loss = configs.build(config.objective, 'config.objective', f=f, **known, **given)
   source = configs.build(config.data, 'config.data')
+  try:
+    pretrained.abstract_params(network, source.shape, source.classes, mesh)
+  except ValueError as error:
+    raise UserError(f'config.network: {error}') from error
   return Run(
-    config,
-    mesh,
-    source,
-    network,
-    f,
-    loss,
-    tx,
-    ema_rates,
-    target_rate,
-    samplers,
-    configs.schedules(config, **given),
-    teacher,
+    config=config,
+    mesh=mesh,
+    source=source,
+    network=network,
+    f=f,
+    loss=loss,
+    tx=tx,
+    ema_rates=ema_rates,
+    target_rate=target_rate,
+    samplers=samplers,
+    schedules=configs.schedules(config, **given),
+    teacher=teacher,
   )

@@ -101,8 +101,12 @@ def shrinking_gap(
   """
 
   def schedule(step):
-    stage = jnp.asarray(step, jnp.float32) * batch_size / stage_images
-    return jnp.float32(q) ** -(1.0 + (stage if smooth else jnp.floor(stage)))
+    step = jnp.asarray(step, jnp.float32)
+    if smooth:
+      stage = step * batch_size / stage_images
+    else:  # half a step off the edges, where rounding would decide
+      stage = jnp.floor((step + 0.5) * batch_size / stage_images)
+    return jnp.float32(q) ** -(1.0 + stage)
 
   return schedule
 

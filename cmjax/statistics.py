@@ -17,11 +17,10 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     raise ValueError(f'needs f[N >= 2, D] twice, got shapes {a.shape} and {b.shape}')
   a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
   cov_a, cov_b = np.atleast_2d(np.cov(a.T)), np.atleast_2d(np.cov(b.T))
-  root_a = _symmetric_root(cov_a)
-  # (A B)^(1/2) and (A^(1/2) B A^(1/2))^(1/2) have the same trace; the latter is
-  # symmetric, so that rounding cannot make it complex.
-  squares = np.linalg.eigvalsh(root_a @ cov_b @ root_a)
-  cross = np.sum(np.sqrt(np.maximum(squares, 0.0)))
+  # tr (A B)^(1/2) is the sum of the singular values of A^(1/2) B^(1/2): no root of
+  # rounding in the empty dimensions of few samples, and nothing complex.
+  product = _symmetric_root(cov_a) @ _symmetric_root(cov_b)
+  cross = np.sum(np.linalg.svd(product, compute_uv=False))
   distance = np.sum((a.mean(0) - b.mean(0)) ** 2)
   return float(distance + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
 

@@ -25,12 +25,13 @@ def karras_at(
 def karras(
   n: int, *, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
 ) -> Array:
-  """Descending grid f32[n] from sigma_max to sigma_min.
+  """Descending grid f32[n], from sigma_max to sigma_min exactly.
 
   Source: Karras et al. 2022 (EDM), eq. (5).
   """
-  index = jnp.arange(n, dtype=jnp.float32)
-  return karras_at(index, n, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
+  index = jnp.arange(n, dtype=float)
+  grid = karras_at(index, n, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
+  return grid.at[0].set(sigma_max).at[-1].set(sigma_min)
 
 
 def lognormal(*, mean: float, std: float) -> Times:

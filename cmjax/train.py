@@ -276,7 +276,8 @@ def check_claim(workdir: str | Path, config: configs.ConfigDict) -> None:
 
 
 def _matters(difference: str) -> bool:
-  return not difference.startswith(('config.every.', 'config.keep_checkpoints'))
+  looks = ('every', 'keep_checkpoints', 'samplers', 'metrics', 'evaluation')
+  return difference.removeprefix('config.').partition(':')[0].split('.')[0] not in looks
 
 
 def _write_config(workdir: Path, config: configs.ConfigDict) -> None:

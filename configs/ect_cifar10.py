@@ -21,7 +21,7 @@ def get_config():
   c.network = parts.ddpmpp(dropout=0.2)
   c.precond = parts.edm_precond()
   c.objective = parts.ect(q=2.0, stage_images=3_200_000)
-  c.optimizer = parts.radam(1e-4)
+  c.optimizer = parts.radam(parts.constant(1e-4))
   c.ema = dict(slow=parts.constant(0.9999))
   c.sample_weights = 'slow'
   c.samplers = dict(one_step=parts.one_step(), two_steps=parts.two_steps())

@@ -16,18 +16,18 @@ import parts
 def get_config():
   c = parts.base()
   c.init_from = parts.REQUIRED
-  c.batch_size = 256
-  c.total_images = 4_000 * 256
+  c.batch_size = 128
+  c.total_images = 9_000 * 128
   c.data = parts.digits()
   c.network = parts.digits_network()
   c.precond = parts.edm_precond()
-  c.objective = parts.ect(q=2.0, stage_images=500 * 256, smooth=True)
-  c.optimizer = parts.adam(parts.cosine(1e-3))
+  c.objective = parts.ect(q=2.0, stage_images=1_125 * 128, smooth=True)
+  c.optimizer = parts.radam(parts.cosine(7e-4))
   c.ema = dict(slow=parts.constant(0.998))
   c.sample_weights = 'slow'
   c.samplers = dict(one_step=parts.one_step(), two_steps=parts.two_steps())
   c.metrics = parts.digits_metrics()
   c.evaluation.samples = 1797
-  c.every.picture_steps = 500
-  c.every.checkpoint_steps = 500
+  c.every.picture_steps = 1_000
+  c.every.checkpoint_steps = 1_000
   return c

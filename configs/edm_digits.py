@@ -13,8 +13,8 @@ import parts
 
 def get_config():
   c = parts.base()
-  c.batch_size = 256
-  c.total_images = 2_000 * 256
+  c.batch_size = 128
+  c.total_images = 3_000 * 128
   c.data = parts.digits()
   c.network = parts.digits_network()
   c.precond = parts.edm_precond()
@@ -25,6 +25,6 @@ def get_config():
   c.samplers = dict(heun=parts.heun())
   c.metrics = parts.digits_metrics()
   c.evaluation.samples = 1797
-  c.every.picture_steps = 500
-  c.every.checkpoint_steps = 500
+  c.every.picture_steps = 1_000
+  c.every.checkpoint_steps = 1_000
   return c

@@ -1,6 +1,7 @@
 """Layers and the one way in which a linen module becomes a `Network`."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from cmjax.core import Array, Network
@@ -22,12 +23,26 @@ def as_network(module: nn.Module) -> Network:
 
 
 def positional_embedding(c_noise: Array, channels: int) -> Array:
-  """Sinusoids of the noise level, always in float32: f32[B] -> f32[B, channels].
+  """Sinusoids of the noise level, never below float32: f32[B] -> f32[B, channels].
 
   Frequencies run from 1 down to 1e-4, both included; sines come first.
   Source: NVlabs/edm `PositionalEmbedding(endpoint=True)` as `SongUNet` uses it.
   """
   half = channels // 2
-  frequencies = (1e-4) ** (jnp.arange(half, dtype=jnp.float32) / (half - 1))
-  angles = c_noise.astype(jnp.float32)[:, None] * frequencies[None, :]
+  dtype = jnp.promote_types(c_noise.dtype, jnp.float32)
+  frequencies = 1e-4 ** (jnp.arange(half, dtype=dtype) / (half - 1))
+  angles = c_noise.astype(dtype)[:, None] * frequencies[None, :]
   return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)
+
+
+def attention(q: Array, k: Array, v: Array) -> Array:
+  """softmax(q k / sqrt(C)) v: q, k and v [B, T, heads, C] -> [B, T, heads, C].
+
+  Source: Vaswani et al. 2017, eq. (1).
+  Differs: from `jax.nn.dot_product_attention`, whose softmax rounds float64 to float32
+    and which may choose a kernel that `jax.jvp` refuses.
+  """
+  dtype = jnp.promote_types(q.dtype, jnp.float32)
+  logits = jnp.einsum('btnc,bsnc->bnts', q, k, preferred_element_type=dtype)
+  shares = jax.nn.softmax(logits / q.shape[-1] ** 0.5, axis=-1).astype(q.dtype)
+  return jnp.einsum('bnts,bsnc->btnc', shares, v)

@@ -1,7 +1,6 @@
 """The DDPM++ U-Net of score-based diffusion, as EDM and ECT use it for CIFAR-10."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from cmjax.core import Array, Network
@@ -64,7 +63,7 @@ class _Block(nn.Module):
     b, h, w, c = x.shape
     qkv = self._conv('qkv', self._norm('norm2', x), 3 * c, kernel=1, scale=0.2**0.5)
     q, k, v = jnp.moveaxis(jnp.reshape(qkv, (b, h * w, 1, c, 3)), -1, 0)
-    out = jax.nn.dot_product_attention(q, k, v)
+    out = layers.attention(q, k, v)
     return self._conv('proj', jnp.reshape(out, x.shape), c, kernel=1, scale=1e-5)
 
 
@@ -78,6 +77,12 @@ class _SongUNet(nn.Module):
 
   @nn.compact
   def __call__(self, x, c_noise, cond, deterministic):
+    factor = 2 ** (len(self.channel_mult) - 1)
+    if x.ndim != 4 or x.shape[1] % factor or x.shape[2] % factor:
+      raise ValueError(
+        f'songunet: needs images [H, W, C], H and W multiples of {factor} for '
+        f'channel_mult={self.channel_mult}; got {x.shape[1:]}'
+      )
     emb = self._embed(c_noise, cond)
     out_channels, resolution = x.shape[-1], x.shape[1]
 
@@ -155,11 +160,16 @@ def songunet(
     A `Network` with apply(params, x f32[B, H, W, C], c_noise f32[B], cond f32[B, K])
     -> dtype[B, H, W, C].
 
+  Raises: ValueError for images that the resolutions do not divide.
+
   Source: Song et al. 2021 (score SDE), DDPM++; NVlabs/edm `SongUNet`.
   Differs: without the augmentation input.
   """
-  if len(channel_mult) < 1 or channels % 4:
-    raise ValueError(f'songunet: channels={channels} must be a multiple of 4')
+  if not channel_mult or channels % 8:
+    raise ValueError(
+      f'songunet: needs channels a multiple of 8 and a channel_mult, got {channels=}, '
+      f'{channel_mult=}'
+    )
   return layers.as_network(
     _SongUNet(channels, tuple(channel_mult), blocks, tuple(attention), dropout, dtype)
   )

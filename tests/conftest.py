@@ -1,0 +1,39 @@
+"""Strict mode: eight devices, no silent broadcasting, no key used twice."""
+
+import os
+from pathlib import Path
+
+# Before jax is imported: a test of sharding needs devices to shard over.
+os.environ['XLA_FLAGS'] = (
+  os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+)
+os.environ['JAX_PLATFORMS'] = 'cpu'
+
+import jax
+import pytest
+
+from cmjax import sharding
+
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+jax.config.update('jax_debug_key_reuse', True)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def x64():
+  """Float64, for mathematics that is checked to more digits than float32 has."""
+  with jax.enable_x64(True):
+    yield
+
+
+@pytest.fixture(scope='session')
+def one_device():
+  """A mesh of one device."""
+  return sharding.data_mesh(jax.devices()[:1])
+
+
+@pytest.fixture(scope='session')
+def root() -> Path:
+  """The checkout."""
+  return ROOT

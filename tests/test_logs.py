@@ -1,0 +1,220 @@
+"""What a run writes can be read back, and pictures hold the pixels they were given."""
+
+import json
+import math
+import re
+
+import numpy as np
+from PIL import Image
+import pytest
+from tensorboard.backend.event_processing import event_accumulator
+
+from cmjax import logs
+
+WHITE = 255
+BLUE = (0x1F, 0x77, 0xB4)  # matplotlib's first colour, C0
+
+
+def noise(*shape):
+  """Pixels that are never white, so that padding can be told from them."""
+  return np.random.default_rng(0).integers(0, 200, shape, np.uint8)
+
+
+# Pictures --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('channels', [1, 3])
+def test_a_grid_shows_every_pixel_in_its_place_and_white_elsewhere(channels):
+  images = noise(5, 20, 30, channels)  # 20 high: 48 pixels hold it twice
+  picture = logs.grid(images, columns=3, cell=48)
+  height, width = 40 + 2, 60 + 2  # and a white line all round
+  assert picture.shape == (2 * height, 3 * width, 3)
+  assert picture.dtype == np.uint8
+  rest = picture.copy()
+  for i, image in enumerate(images):
+    top, left = (i // 3) * height + 1, (i % 3) * width + 1
+    inside = np.s_[top : top + 40, left : left + 60]
+    big = np.kron(image, np.ones((2, 2, 1), np.uint8))
+    np.testing.assert_array_equal(picture[inside], np.broadcast_to(big, (40, 60, 3)))
+    rest[inside] = WHITE
+  assert np.all(rest == WHITE)
+
+
+@pytest.mark.parametrize(
+  ('side', 'factor'), [(8, 6), (32, 1), (24, 2), (25, 1), (48, 1), (64, 1)]
+)
+def test_small_images_are_enlarged_by_a_whole_factor(side, factor):
+  picture = logs.grid(noise(1, side, side, 3), columns=1, cell=48)
+  assert picture.shape == (factor * side + 2, factor * side + 2, 3)
+
+
+def test_a_scatter_draws_the_samples_where_they_are():
+  data = np.array([[-1.0, -1.0], [1.0, -1.0], [-1.0, 1.0], [1.0, 1.0]])
+  blob = np.random.default_rng(0).normal(0, 0.05, (300, 2))
+
+  def blue(x, y):
+    picture = logs.scatter(blob + np.array([[x, y]]), data)
+    assert picture.dtype == np.uint8
+    assert picture.shape[2] == 3
+    distance = np.abs(picture.astype(int) - BLUE).sum(axis=2)
+    rows, columns = np.nonzero(distance < 30)  # near it: dots have soft edges
+    assert len(rows) > 50
+    return np.median(rows), np.median(columns)
+
+  here, lower, right = blue(-0.5, 0.5), blue(-0.5, -0.5), blue(0.5, 0.5)
+  assert lower[0] > here[0] + 50  # image rows run downwards
+  assert abs(lower[1] - here[1]) < 10
+  assert right[1] > here[1] + 50
+  assert abs(right[0] - here[0]) < 10
+
+
+def test_a_sheet_has_its_panels_one_below_the_other():
+  colours = np.array([[255, 0, 0], [0, 255, 0]], np.uint8)
+  wide = np.tile(colours[0], (10, 20, 1))
+  square = np.tile(colours[1], (20, 20, 1))
+  sheet = logs.sheet({'first': wide, 'second': square})
+  assert sheet.dtype == np.uint8
+  corners = []
+  for colour in colours:
+    rows, columns = np.nonzero(np.all(sheet == colour, axis=2))
+    corners.append((rows.min(), rows.max(), columns.min(), columns.max()))
+  (top, bottom, left, right), (top2, bottom2, left2, right2) = corners
+  assert bottom < top2  # with room for a title
+  # Pixels stay square: twice as wide as high, and as wide as high; edges are soft.
+  assert (right - left) / (bottom - top) == pytest.approx(2, rel=0.02)
+  assert (right2 - left2) / (bottom2 - top2) == pytest.approx(1, rel=0.02)
+
+
+def test_a_png_holds_the_pixels_and_its_folders_are_made(tmp_path):
+  image = noise(5, 7, 3)
+  logs.write_png(tmp_path / 'a' / 'b' / 'c.png', image)
+  with Image.open(tmp_path / 'a' / 'b' / 'c.png') as found:
+    np.testing.assert_array_equal(np.asarray(found), image)
+
+
+# Tables ----------------------------------------------------------------------------
+
+
+def test_a_table_has_a_head_a_rule_and_a_line_a_row():
+  rows = [
+    {'sampler': 'heun', 'evaluations': 35, 'distance': 0.12345},
+    {'sampler': 'one', 'evaluations': 1, 'distance': math.nan},
+  ]
+  assert logs.markdown_table(rows) == (
+    '| sampler | evaluations | distance |\n'
+    '| --- | --- | --- |\n'
+    '| heun | 35 | 0.123 |\n'
+    '| one | 1 | nan |'
+  )
+
+
+def test_the_parameter_table_names_shapes_and_the_total():
+  params = {'dense': {'kernel': np.zeros((30, 41)), 'bias': np.zeros(41)}}
+  table = logs.parameter_table(params)
+  assert re.search(r'dense/kernel.*\(30, 41\).*1,230', table)
+  assert re.search(r'dense/bias.*\(41,\).*41', table)
+  assert 'Total: 1,271' in table
+
+
+# The log of a run ------------------------------------------------------------------
+
+
+@pytest.fixture
+def log(tmp_path):
+  log = logs.RunLog(tmp_path, primary=True)
+  yield log
+  log.close()
+
+
+def lines(workdir):
+  text = (workdir / 'metrics.jsonl').read_text(encoding='utf-8')
+
+  def refuse(constant):
+    raise AssertionError(f'{constant} is not JSON')
+
+  return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+def test_every_line_of_the_metrics_is_json_and_there_at_once(log, tmp_path):
+  log.scalars(10, {'loss': 0.5, 'norm': math.nan, 'worst': math.inf})
+  assert lines(tmp_path) == [{'step': 10, 'loss': 0.5, 'norm': None, 'worst': None}]
+  log.scalars(20, {'loss': 0.25})
+  assert lines(tmp_path)[1:] == [{'step': 20, 'loss': 0.25}]
+
+
+def test_a_log_that_is_opened_again_goes_on(log, tmp_path):
+  log.scalars(1, {'loss': 1.0})
+  log.close()
+  again = logs.RunLog(tmp_path, primary=True)
+  again.scalars(2, {'loss': 2.0})
+  again.close()
+  assert [(row['step'], row['loss']) for row in lines(tmp_path)] == [(1, 1.0), (2, 2.0)]
+
+
+def events(workdir):
+  found = event_accumulator.EventAccumulator(str(workdir / 'tensorboard'))
+  return found.Reload()
+
+
+def test_tensorboard_reads_the_scalars_and_the_pictures(log, tmp_path):
+  image = noise(6, 9, 3)
+  log.scalars(3, {'loss': 0.5, 'heun/pixel_frechet': 0.125})
+  log.picture(3, 'heun', image)
+  log.close()
+  found = events(tmp_path)
+  assert set(found.Tags()['scalars']) == {'loss', 'heun/pixel_frechet'}
+  (event,) = found.Scalars('heun/pixel_frechet')
+  assert (event.step, event.value) == (3, 0.125)
+  (event,) = found.Images('heun')
+  assert (event.step, event.height, event.width) == (3, 6, 9)
+  (tmp_path / 'event.png').write_bytes(event.encoded_image_string)
+  for path in (tmp_path / 'event.png', tmp_path / 'pictures' / 'heun_00000003.png'):
+    with Image.open(path) as picture:
+      np.testing.assert_array_equal(np.asarray(picture), image)
+
+
+def test_only_the_first_process_writes(tmp_path):
+  log = logs.RunLog(tmp_path, primary=False)
+  log.scalars(1, {'loss': 1.0})
+  log.picture(1, 'heun', noise(2, 2, 3))
+  log.close()
+  assert list(tmp_path.iterdir()) == []
+
+
+# Progress --------------------------------------------------------------------------
+
+
+def test_progress_is_plain_lines_where_there_is_no_terminal(capsys):
+  progress = logs.Progress(start=10, total=30)
+  for _ in range(10):
+    progress.advance()
+  progress.report(20, {'loss': 0.123456, 'images_per_s': 12345.678})
+  progress.report(30, {'loss': 1e-9})
+  progress.close()
+  out, err = capsys.readouterr()
+  first, second = out.splitlines()
+  assert re.fullmatch(
+    r'step 20/30 loss=0\.1235 images_per_s=1\.235e\+04 left=\d+s', first
+  )
+  assert re.fullmatch(r'step 30/30 loss=1e-09 left=0s', second)
+  assert err == ''
+
+
+def test_time_left_is_that_of_the_steps_of_this_start(capsys, monkeypatch):
+  clock = iter([100.0, 120.0])
+  monkeypatch.setattr(logs.time, 'monotonic', lambda: next(clock))
+  progress = logs.Progress(start=90, total=200)
+  progress.report(100, {})  # ten steps in 20 s, a hundred to go
+  assert 'left=200s' in capsys.readouterr().out
+
+
+def test_progress_is_a_bar_on_a_terminal(capsys, monkeypatch):
+  monkeypatch.setattr(logs.sys.stderr, 'isatty', lambda: True, raising=False)
+  progress = logs.Progress(start=10, total=30)
+  progress.advance()
+  progress.report(11, {'loss': 0.5})
+  progress.close()
+  out, err = capsys.readouterr()
+  assert out == ''
+  assert '11/30' in err
+  assert 'loss=0.5' in err

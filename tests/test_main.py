@@ -1,0 +1,256 @@
+"""The command line: a run from first step to table, and mistakes in one line."""
+
+import json
+from pathlib import Path
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from cmjax import data, evaluate
+from tests.conftest import ROOT
+
+SMALL = [
+  '--config=configs/edm_digits.py',
+  '--config.network.width=16',
+  '--config.network.blocks=1',
+  '--config.network.embedding=8',
+  '--config.batch_size=8',
+  '--config.total_images=24',
+  '--config.evaluation.samples=32',
+  '--config.evaluation.pictured=32',
+  '--config.every.log_steps=1',
+  '--config.every.picture_steps=0',
+]
+ECT = '--config=configs/ect_digits.py'
+# Below, @ stands for where these runs lie.
+NEW, TRAINED, EMPTY = '--workdir=@/NEW', '--workdir=@/TRAINED', '--workdir=@/EMPTY'
+
+# What a user may get wrong, and what the one line must name.
+MISTAKES = {
+  'no config': ([NEW], r'give --config=FILE'),
+  'no workdir': (SMALL, r'give --workdir=DIR'),
+  'unknown flag': ([*SMALL, NEW, '--workdri=x'], r"flag 'workdri'"),
+  'unknown mode': ([*SMALL, NEW, '--mode=trian'], r'--mode=trian: .*train\|sample'),
+  'unexpected argument': ([*SMALL, NEW, 'train'], r"unexpected 'train'"),
+  'unknown key': ([*SMALL, NEW, '--config.batchsize=8'], r'batchsize.*batch_size'),
+  'unknown key of a part': ([*SMALL, NEW, '--config.network.widht=8'], r'widht.*width'),
+  'wrong type': ([*SMALL, NEW, '--config.seed=many'], r"--config\.seed=many: .*'many'"),
+  'float for an int': ([*SMALL, NEW, '--config.batch_size=1e3'], r'batch_size=1e3: '),
+  'key before config': (
+    ['--config.seed=1', *SMALL, NEW],
+    r'--config\.seed=1 .*before a value for --config',
+  ),
+  'not positive': ([*SMALL, NEW, '--config.keep_checkpoints=0'], r'keep_checkpoints: '),
+  'no such function': (
+    [*SMALL, NEW, '--config.objective.fn=cmjax.objectives.denoise:emd'],
+    r"config\.objective\.fn: cannot import 'cmjax\.objectives\.denoise:emd'",
+  ),
+  'what must be given is not': ([ECT, NEW], r'config\.init_from: must be given'),
+  'batch over devices': (
+    [*SMALL, NEW, '--config.batch_size=12'],
+    r'config\.batch_size: 12 .* 8 devices; .* is 16',
+  ),
+  'no such weights': (
+    [*SMALL, NEW, '--config.sample_weights=fast'],
+    r"config\.sample_weights: no weights 'fast'; there are online, slow",
+  ),
+  'refused by a part': (
+    [*SMALL, NEW, '--config.samplers.heun.solver=rk'],
+    r"config\.samplers\.heun: .*solver='rk'",
+  ),
+  'workdir of another run': (
+    [*SMALL, TRAINED, '--config.seed=3'],
+    r'TRAINED holds a run with another config \(config\.seed: 0 -> 3\)',
+  ),
+  'sample from nothing': (['--mode=sample', EMPTY], r'EMPTY: no checkpoints there'),
+  'evaluate nothing': (['--mode=evaluate', EMPTY], r'EMPTY: no checkpoints there'),
+  'sample without workdir': (['--mode=sample'], r'give --workdir=DIR'),
+  'sample another network': (
+    [*SMALL, '--config.network.width=32', '--mode=sample', TRAINED],
+    r'another network: parameter .* is \(32,\) there and \(64,\) here',
+  ),
+}
+# What goes well; the first two each in a copy of the trained run.
+COMMANDS = {
+  'sample': ['--mode=sample', '--workdir=@/SAMPLED'],
+  'evaluate': ['--mode=evaluate', '--workdir=@/EVALUATED'],
+  'dry run': [*SMALL, '--mode=dry_run'],
+  'dry run of what must be given': [ECT, '--mode=dry_run'],
+}
+
+# Each command line in a process of its own, without importing cmjax again for each.
+DRIVER = """
+import json, os, sys, tempfile, traceback
+from cmjax import main
+
+for argv in json.load(sys.stdin):
+  with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+    child = os.fork()
+    if not child:
+      os.dup2(out.fileno(), 1)
+      os.dup2(err.fileno(), 2)
+      sys.argv, code = ['cmjax', *argv], 0
+      try:
+        main.main()
+      except SystemExit as stop:
+        code = stop.code
+      except BaseException:
+        traceback.print_exc()
+        code = 1
+      sys.stdout.flush()
+      sys.stderr.flush()
+      os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    out.seek(0)
+    err.seek(0)
+    print(json.dumps([code, out.read().decode(), err.read().decode()]), flush=True)
+"""
+
+
+def python(*args, **kwargs):
+  # Deadlines are far beyond what these take, and only there to end what hangs.
+  return subprocess.run(
+    [sys.executable, *args],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=600,
+    **kwargs,
+  )
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+  """Where all of these runs lie."""
+  return tmp_path_factory.mktemp('main')
+
+
+@pytest.fixture(scope='module')
+def trained(place):
+  """A run of three steps, by the command that a user would give."""
+  workdir = place / 'TRAINED'
+  done = python('-m', 'cmjax.main', *SMALL, f'--workdir={workdir}')
+  assert done.returncode == 0, done.stderr
+  return workdir, done.stdout
+
+
+def listing(folder):
+  """Every file with its content, and every folder."""
+  return {
+    str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None
+    for p in folder.rglob('*')
+  }
+
+
+@pytest.fixture(scope='module')
+def answers(place, trained):
+  """Exit code, output and error output of each command; what was there before all."""
+  (place / 'EMPTY').mkdir()
+  for copy in ('SAMPLED', 'EVALUATED'):
+    shutil.copytree(trained[0], place / copy)
+  (place / 'SAMPLED' / 'samples' / 'step_00000003').mkdir(parents=True)
+  for suffix in ('.json', '.md'):
+    earlier = place / 'EVALUATED' / f'evaluation_00000003{suffix}'
+    earlier.write_text('kept')
+  before = listing(place)
+
+  lines = {name: argv for name, (argv, _) in MISTAKES.items()} | COMMANDS
+  for name, argv in lines.items():
+    own = [argument.replace('@/NEW', f'@/NEW/{name}') for argument in argv]
+    lines[name] = [argument.replace('@', str(place)) for argument in own]
+  given = json.dumps(list(lines.values()))
+  done = python('-c', DRIVER, input=given)
+  assert done.returncode == 0, done.stderr
+  found = [json.loads(line) for line in done.stdout.splitlines()]
+  return dict(zip(lines, found, strict=True)), before
+
+
+def test_training_leaves_a_config_metrics_and_a_checkpoint(trained):
+  workdir, said = trained
+  assert said.splitlines()[-1] == f'done: {workdir}'
+  assert '3 steps of 8 on 8 cpu device(s); starts' in said
+  rows = [json.loads(line) for line in (workdir / 'metrics.jsonl').open()]
+  assert [row['step'] for row in rows] == [1, 2, 3]
+  assert all(np.isfinite(row['loss']) and row['skipped_steps'] == 0 for row in rows)
+  assert [p.name for p in (workdir / 'checkpoints').iterdir()] == ['3']
+  config = json.loads((workdir / 'config.json').read_text())
+  assert (config['batch_size'], config['network']['width']) == (8, 16)
+
+
+@pytest.mark.parametrize('mistake', MISTAKES)
+def test_a_mistake_is_one_line_that_names_it(mistake, answers, place):
+  code, out, err = answers[0][mistake]
+  assert err.startswith('cmjax: '), err
+  assert err.count('\n') == 1, err
+  assert code == 2
+  assert out == ''
+  assert re.search(MISTAKES[mistake][1], err), err
+  assert not (place / 'NEW' / mistake).exists()
+
+
+def test_nothing_is_touched_but_what_the_commands_write(answers, place):
+  before, after = answers[1], listing(place)
+  new = {Path(name) for name in after.keys() - before.keys()}
+  assert {path.parts[:2] for path in new} == {
+    ('SAMPLED', 'samples'),
+    ('EVALUATED', 'evaluation_00000003_2.json'),
+    ('EVALUATED', 'evaluation_00000003_2.md'),
+  }
+  assert {name: after.get(name) for name in before} == before
+
+
+def test_samples_are_the_picture_and_the_arrays(answers, place):
+  code, _, err = answers[0]['sample']
+  assert code == 0, err
+  samples = place / 'SAMPLED' / 'samples'
+  assert not any((samples / 'step_00000003').iterdir())  # an earlier one is kept
+  found = np.load(samples / 'step_00000003_2' / 'heun.npz')
+  source = data.digits()
+  assert found['images'].shape == (32, 8, 8, 1)
+  assert found['images'].dtype == np.float32
+  np.testing.assert_array_equal(found['labels'], source.labels[:32])
+  assert found['evaluations'] == 35  # 18 steps of Heun's method, the last by Euler's
+  with Image.open(samples / 'step_00000003_2' / 'heun.png') as picture:
+    shown = np.asarray(picture)
+  np.testing.assert_array_equal(shown, evaluate.picture(source, found['images']))
+
+
+def test_an_evaluation_is_a_table_of_those_samples_beside_earlier_ones(answers, place):
+  code, out, err = answers[0]['evaluate']
+  assert code == 0, err
+  found = json.loads((place / 'EVALUATED' / 'evaluation_00000003_2.json').read_text())
+  (row,) = found['rows']
+  assert (row['sampler'], row['evaluations'], row['samples']) == ('heun', 35, 32)
+  assert 0 <= row['label_agreement'] <= 1
+  assert (found['data'], found['step']) == ('digits (scikit-learn, 8x8)', 3)
+  config = json.loads((place / 'TRAINED' / 'config.json').read_text())
+  assert found['config'] == config
+  arrays = np.load(place / 'SAMPLED' / 'samples' / 'step_00000003_2' / 'heun.npz')
+  drawn = evaluate.Drawn(arrays['images'], arrays['labels'], 35, 0.0)
+  expected = evaluate.pixel_frechet(data.digits())(drawn)['pixel_frechet']
+  # The same samples in float64 statistics; BLAS may sum in another order.
+  assert row['pixel_frechet'] == pytest.approx(expected, rel=1e-6)
+  text = (place / 'EVALUATED' / 'evaluation_00000003_2.md').read_text()
+  assert '| sampler | evaluations | samples |' in text
+  assert f'| heun | 35 | 32 | {row["pixel_frechet"]:.3f} |' in text
+  assert 'digits (scikit-learn, 8x8), step 3, weights slow, seed 1' in text
+  assert text in out
+
+
+def test_a_dry_run_shows_config_parameters_and_schedules(answers):
+  code, out, err = answers[0]['dry run']
+  assert code == 0, err
+  config, _ = json.JSONDecoder().raw_decode(out)
+  assert (config['batch_size'], config['network']['width']) == (8, 16)
+  assert 'input/kernel' in out
+  assert '| config.optimizer.learning_rate | ' in out
+  assert '1,797 examples of (8, 8, 1); 3 steps of 8 on 8 cpu device(s)' in out
+  code, out, err = answers[0]['dry run of what must be given']
+  assert code == 0, err
+  assert '"init_from": "?"' in out
+  assert '| config.objective.gap | ' in out

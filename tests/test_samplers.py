@@ -1,0 +1,187 @@
+"""Samplers on data whose denoiser and consistency map are known."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cmjax import oracles, samplers
+from cmjax.core import expand
+
+MEAN, STD = np.array([0.3, -0.2]), 0.4
+GAUSSIAN = oracles.gaussian(MEAN, STD)
+
+
+def exact_denoiser(params, x, t, cond, *, key=None):
+  return oracles.denoiser(GAUSSIAN, x, t.astype(x.dtype))
+
+
+def exact_map(sigma_min):
+  def f(params, x, t, cond, *, key=None):
+    return oracles.consistency(GAUSSIAN, x, t, s=sigma_min)
+
+  return f
+
+
+def identity(params, x, t, cond, *, key=None):
+  return x
+
+
+# Evaluations -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ('sampler', 'evaluations'),
+  [
+    (samplers.one_step(), 1),
+    (samplers.multistep(times=(80.0, 0.8)), 2),
+    (samplers.ode(steps=18, solver='heun'), 35),
+    (samplers.ode(steps=18, solver='euler'), 18),
+  ],
+  ids=['one_step', 'multistep', 'heun', 'euler'],
+)
+def test_sampler_evaluates_as_often_as_it_says(sampler, evaluations):
+  levels = []
+
+  def f(params, x, t, cond, *, key=None):
+    levels.append(np.asarray(t))
+    return 0.5 * x
+
+  with jax.disable_jit():  # a scan calls f as often as it runs
+    out = sampler(f, None, jax.random.split(jax.random.key(0), 2), None, (3,))
+  assert out.evaluations == len(levels) == evaluations
+  assert np.all(np.ptp(levels, axis=1) == 0)  # all samples at one level
+  levels = np.array(levels)[:, 0]
+  assert levels[0] == pytest.approx(80, rel=1e-6)  # float32
+  assert np.all(np.diff(levels) <= 0)
+  assert np.all(levels > 0)
+
+
+def test_parameters_and_label_reach_the_model_and_no_dropout_key():
+  cond = jnp.eye(2)
+
+  def f(params, x, t, cond, *, key=None):
+    assert key is None
+    return params * jnp.tile(cond[:, :1], (1, 3))
+
+  for sampler in (samplers.one_step(), samplers.ode(steps=2)):
+    keys = jax.random.split(jax.random.key(0), 2)
+    out = jax.jit(lambda keys, run=sampler: run(f, 3.0, keys, cond, (3,)).x)(keys)
+    # Every evaluation answers the same, so that the last Euler step to zero ends there;
+    # up to float32 rounding of the way from 80.
+    np.testing.assert_allclose(out, [[3.0] * 3, [0.0] * 3], atol=1e-4)
+
+
+# The ODE sampler -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(('solver', 'order'), [('euler', 1), ('heun', 2)])
+def test_ode_converges_to_the_exact_map_with_its_order(solver, order, x64):
+  keys = jax.random.split(jax.random.key(0), 8)
+  sigma_min = 1e-3  # the last Euler step errs by (sigma_min / std)^2 / 2 ~ 3e-6
+
+  def run(steps):
+    sampler = samplers.ode(steps=steps, solver=solver, sigma_min=sigma_min)
+    return jax.jit(lambda: sampler(exact_denoiser, None, keys, None, (2,)).x)()
+
+  start = 80 * unit_noise(keys)
+  exact = oracles.consistency(GAUSSIAN, start, jnp.full(8, 80.0), s=0.0)
+  coarse, fine = (np.linalg.norm(run(n) - exact) for n in (32, 64))
+  # The next term of the error is of the relative size of a step, a sixth at most.
+  assert np.log2(coarse / fine) == pytest.approx(order, abs=0.2)
+
+
+def unit_noise(keys):
+  """What the samplers start from, in units of sigma_max."""
+  return samplers.one_step(sigma_max=1.0)(identity, None, keys, None, (2,)).x
+
+
+# Samplers of a consistency function ------------------------------------------------
+
+N = 20_000
+
+
+def assert_moments(x, mean, variance):
+  """Within five standard errors of independent normals with these moments."""
+  assert x.shape == (N, 2)
+  np.testing.assert_allclose(x.mean(0), mean, atol=5 * np.sqrt(variance / N))
+  bound = 5 * variance * np.sqrt(2 / N)
+  np.testing.assert_allclose(np.cov(x.T), variance * np.eye(2), atol=bound)
+
+
+def draw(sampler, f):
+  keys = jax.random.split(jax.random.key(0), N)
+  return np.asarray(jax.jit(lambda keys: sampler(f, None, keys, None, (2,)).x)(keys))
+
+
+@pytest.mark.parametrize('sigma_max', [2.0, 80.0])
+def test_one_step_maps_the_prior_as_the_exact_flow_does(sigma_max):
+  x = draw(samplers.one_step(sigma_max=sigma_max), exact_map(0.0))
+  # The prior is N(0, T^2), not N(mean, std^2 + T^2): that much is lost, exactly.
+  shrink = STD / np.sqrt(STD**2 + sigma_max**2)
+  assert_moments(x, MEAN * (1 - shrink), (shrink * sigma_max) ** 2)
+
+
+@pytest.mark.parametrize(
+  ('times', 'sigma_min'),
+  [((80.0, 0.8), 0.0), ((80.0, 5.0, 0.5), 0.0), ((80.0, 5.0, 0.5), 0.3)],
+)
+def test_multistep_keeps_the_marginal_of_its_end(times, sigma_min):
+  x = draw(samplers.multistep(times=times, sigma_min=sigma_min), exact_map(sigma_min))
+  # What is left of the prior's mismatch, std / 80 * std / 5, is below the tolerance.
+  assert_moments(x, MEAN, STD**2 + sigma_min**2)
+
+
+def test_multistep_adds_fresh_noise_each_time():
+  seen = []
+
+  def f(params, x, t, cond, *, key=None):
+    seen.append(np.asarray(x / expand(t, x)))
+    return jnp.zeros_like(x)
+
+  keys = jax.random.split(jax.random.key(0), N)
+  samplers.multistep(times=(80.0, 5.0, 0.5))(f, None, keys, None, (2,))
+  correlations = np.corrcoef([x.ravel() for x in seen])
+  # Five standard errors of a correlation of independent numbers.
+  np.testing.assert_allclose(correlations, np.eye(3), atol=5 / np.sqrt(2 * N))
+  for x in seen:
+    assert_moments(x, np.zeros(2), 1.0)
+
+
+def test_noise_of_a_sample_depends_on_its_key_alone():
+  keys = jax.random.split(jax.random.key(0), 5)
+  sampler = samplers.multistep(times=(80.0, 5.0))
+  whole = np.asarray(sampler(identity, None, keys, None, (2, 3)).x)
+  part = sampler(identity, None, keys[np.array([3, 1])], None, (2, 3)).x
+  np.testing.assert_array_equal(part, whole[[3, 1]])
+  assert len(np.unique(whole)) == 5 * 2 * 3
+
+
+# Refusals --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ('times', 'said'),
+  [
+    ((), 'at least one'),
+    ((0.8, 80.0), 'must descend'),
+    ((80.0, 0.8, 0.8), 'must descend'),
+    ((80.0, 0.0), 'not above'),
+  ],
+)
+def test_multistep_refuses_times_it_cannot_follow(times, said):
+  with pytest.raises(ValueError, match=said):
+    samplers.multistep(times=times)
+
+
+def test_multistep_refuses_to_end_at_its_boundary():
+  with pytest.raises(ValueError, match=r'0\.002'):
+    samplers.multistep(times=(80.0, 0.002), sigma_min=0.002)
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'said'), [(dict(solver='rk45'), 'rk45'), (dict(steps=1), 'steps=1')]
+)
+def test_ode_refuses_what_it_has_not(arguments, said):
+  with pytest.raises(ValueError, match=said):
+    samplers.ode(**arguments)

@@ -1,0 +1,170 @@
+"""Grids to the printed digits, draws of neighbours, and the mapping of ECT."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from cmjax import schedules, times
+
+GRIDS = {
+  18: """80 57.586 40.7856 28.3746 19.3525 12.9101 8.4009 5.3152 3.2568 1.9233 1.0882
+    .5853 .2964 .1395 .0599 .0229 .0075 .002""",
+  40: """80 69.4509 60.1174 51.8803 44.6302 38.2665 32.6969 27.8371 23.6101 19.9456
+    16.7799 14.055 11.7185 9.7232 8.0265 6.5901 5.38 4.3656 3.5197 2.8184 2.2404 1.7672
+    1.3824 1.0717 .8229 .6254 .47 .3489 .2556 .1846 .1312 .0916 .0628 .0421 .0275 .0175
+    .0108 .0064 .0037 .002""",
+}
+
+
+def neighbours(n):
+  """The grid of n points in float64 from its formula, ascending in index."""
+  top, bottom = 80 ** (1 / 7), 0.002 ** (1 / 7)
+  return (top + np.arange(n) / (n - 1) * (bottom - top)) ** 7
+
+
+# Karras grid -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('n', GRIDS)
+def test_karras_grid_has_the_printed_values(n):
+  printed = np.array(GRIDS[n].split(), float)
+  assert len(printed) == n
+  # Four decimals are printed; the seventh power in float32 is good to 2e-6.
+  np.testing.assert_allclose(times.karras(n), printed, rtol=2e-6, atol=5.1e-5)
+
+
+def test_karras_grid_descends_between_its_ends():
+  grid = times.karras(7, sigma_min=0.01, sigma_max=3.0, rho=2.0)
+  assert np.all(np.diff(grid) < 0)
+  np.testing.assert_allclose(grid[jnp.array([0, -1])], [3.0, 0.01], rtol=2e-6)
+  # With rho = 2 the roots are equally spaced.
+  np.testing.assert_allclose(np.diff(np.sqrt(grid), n=2), np.zeros(5), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ('t', 'slope'),
+  [
+    (0.002, 0.0496158),
+    (0.01, 0.197123),
+    (0.1, 1.41867),
+    (0.5, 5.63634),
+    (1, 10.2099),
+    (5, 40.564),
+    (80, 436.76),
+  ],
+)
+def test_karras_density_is_the_derivative_by_index(t, slope, x64):
+  top, bottom = 80 ** (1 / 7), 0.002 ** (1 / 7)
+  index = jnp.asarray((t ** (1 / 7) - top) / (bottom - top), jnp.float64)
+
+  def grid(index):  # with two points an index runs from 0 to 1
+    return times.karras_at(index, 2, sigma_min=0.002, sigma_max=80.0, rho=7.0)
+
+  level, rate = jax.jvp(grid, (index,), (jnp.ones_like(index),))
+  np.testing.assert_allclose(level, t, rtol=1e-12)
+  np.testing.assert_allclose(rate, -slope, rtol=5e-6)  # six digits are printed
+
+
+@pytest.mark.parametrize('n', [2, 18])
+def test_karras_pairs_draw_every_neighbour_equally_often(n):
+  draws = 17_000
+  pairs = times.karras_pairs(bins=schedules.constant(value=float(n)))
+  t, r = jax.jit(pairs, static_argnums=1)(jax.random.key(0), draws, jnp.int32(0))
+  grid = neighbours(n)
+  index = np.argmin(np.abs(np.log(np.asarray(t)[:, None] / grid)), axis=1)
+  np.testing.assert_allclose(t, grid[index], rtol=5e-6)  # float32, seventh power
+  np.testing.assert_allclose(r, grid[index + 1], rtol=5e-6)
+  counts = np.bincount(index, minlength=n - 1)
+  assert len(counts) == n - 1
+  mean = draws / (n - 1)
+  assert np.all(np.abs(counts - mean) <= 4.5 * np.sqrt(mean))  # Poisson deviations
+
+
+def test_karras_pairs_follow_the_bins_of_a_traced_step():
+  bins = schedules.adaptive_bins(start=2, end=8, batch_size=1, total_images=10)
+  pairs = jax.jit(times.karras_pairs(bins=bins), static_argnums=1)
+  for step in (0, 4, 10):
+    n = int(bins(step))
+    t, r = pairs(jax.random.key(1), 500, jnp.int32(step))
+    levels = np.unique(np.round(np.log(np.concatenate([t, r])), 4))
+    # 500 draws miss one of at most 8 pairs with probability 1e-28.
+    np.testing.assert_allclose(levels, np.log(neighbours(n))[::-1], atol=1e-4)
+
+
+# Lognormal and the mapping of ECT --------------------------------------------------
+
+
+def test_lognormal_draws_have_the_given_mean_and_deviation():
+  n = 20_000
+  t = times.lognormal(mean=-1.1, std=2.0)(jax.random.key(0), n)
+  assert t.shape == (n,)
+  # Kolmogorov-Smirnov: a wrong mean or deviation by 0.1 gives p < 1e-9.
+  assert stats.kstest(np.log(t), stats.norm(-1.1, 2.0).cdf).pvalue > 1e-3
+
+
+# r / t by stage, as tabulated for k = 8, b = 1 from the released code.
+ECT_TABLE = {
+  (2.0, 1e-9): [0, 0, 0.375, 0.688, 0.844, 0.922, 0.961, 0.980],
+  (2.0, 1.0): [0, 0.212, 0.606, 0.803, 0.902, 0.951, 0.975, 0.988],
+  (2.0, 80.0): [0.500, 0.750, 0.875, 0.938, 0.969, 0.984, 0.992, 0.996],
+  (4.0, 1e-9): [0, 0.688, 0.922, 0.980],
+  (4.0, 1.0): [0.212, 0.803, 0.951, 0.988],
+  (4.0, 80.0): [0.750, 0.938, 0.984, 0.996],
+}
+
+
+def ect_gap(q, stage):
+  return schedules.shrinking_gap(q=q, stage_images=1, batch_size=1)(stage)
+
+
+@pytest.mark.parametrize(('q', 't'), ECT_TABLE)
+def test_ratio_has_the_tabulated_values(q, t):
+  at = jnp.full(1, t)
+  found = [
+    float(times.ratio(at, ect_gap(q, stage))[0]) / t
+    for stage in range(len(ECT_TABLE[q, t]))
+  ]
+  np.testing.assert_allclose(found, ECT_TABLE[q, t], atol=5.1e-4)  # three digits
+
+
+@pytest.mark.parametrize(
+  ('q', 'mean', 'std', 'shares'),
+  [(2.0, -1.1, 2.0, [0.811, 0.585, 0, 0]), (4.0, -0.8, 1.6, [0.532, 0, 0, 0])],
+)
+def test_share_of_clean_targets_is_the_lognormal_cdf(q, mean, std, shares, x64):
+  n = 20_000  # quantiles of t: the share is exact to 1 / n
+  t = np.exp(mean + std * stats.norm.ppf((np.arange(n) + 0.5) / n))
+  found = [
+    np.mean(times.ratio(jnp.asarray(t), ect_gap(q, stage)) == 0)
+    for stage in range(len(shares))
+  ]
+  np.testing.assert_allclose(found, shares, atol=5e-4 + 1 / n)
+
+
+@pytest.mark.parametrize('gap', [0.5, 0.1, 1 / 256])
+def test_ratio_stays_between_zero_and_t(gap):
+  t = jnp.asarray(np.geomspace(1e-4, 300, 200), jnp.float32)
+  r = times.ratio(t, jnp.float32(gap))
+  assert np.all(r >= 0)
+  assert np.all(r < t)
+  assert np.all(np.diff(r) >= 0)
+
+
+def test_ratio_without_shape_is_a_constant_quotient():
+  t = jnp.array([0.01, 1.0, 80.0])
+  found = times.ratio(t, jnp.float32(0.25), k=0.0)
+  np.testing.assert_allclose(found, 0.75 * np.asarray(t), rtol=1e-6)
+
+
+def test_ect_pairs_map_their_own_times_at_the_gap_of_the_step():
+  gap = schedules.shrinking_gap(q=2.0, stage_images=40, batch_size=4)
+  source = times.lognormal(mean=-1.1, std=2.0)
+  pairs = jax.jit(times.ect_pairs(times=source, gap=gap, k=4.0), static_argnums=1)
+  for step, relative_gap in ((0, 1 / 2), (10, 1 / 4), (39, 1 / 16)):
+    t, r = pairs(jax.random.key(3), 64, jnp.int32(step))
+    np.testing.assert_allclose(t, source(jax.random.key(3), 64), rtol=1e-6)
+    shape = 1 + 4 / (1 + np.exp(np.asarray(t, float)))
+    expected = np.maximum(t * (1 - shape * relative_gap), 0)
+    np.testing.assert_allclose(r, expected, rtol=1e-5, atol=1e-7)

@@ -1,0 +1,272 @@
+"""The training step, the loop, and what survives when a run is killed."""
+
+import os
+from pathlib import Path
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from cmjax import checkpoint, core, data, logs, schedules, sharding, train
+from cmjax import config as configs
+from cmjax import run as runs
+from tests.conftest import ROOT
+
+SMALL = {
+  'network.width': 16,
+  'network.blocks': 1,
+  'network.embedding': 8,
+  'network.dropout': 0.1,
+  'batch_size': 32,
+  'total_images': 32 * 24,
+  'every.log_steps': 6,
+  'every.picture_steps': 0,
+  'every.checkpoint_steps': 6,
+}
+
+
+def small(name='edm_digits', **changes):
+  config = configs.load(ROOT / 'configs' / f'{name}.py')
+  with config.unlocked():
+    for key, value in (SMALL | changes).items():
+      *path, last = key.replace('__', '.').split('.')
+      part = config
+      for step in path:
+        part = part[step]
+      part[last] = value
+  return config
+
+
+def assert_equal_states(a, b):
+  for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b)):
+    np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
+
+
+# The step --------------------------------------------------------------------------
+
+
+def linear_loss(nets, batch, step, keys):
+  """Loss w . x0: its gradient is the mean of x0, whatever the weights."""
+  loss = batch.x0 @ nets.online
+  return core.LossOut(loss, {'t': jnp.arange(len(batch.x0), dtype=jnp.float32)})
+
+
+def one_step_of(loss, x0, target_rate=None):
+  tx = optax.sgd(0.5)
+  rates = {'slow': schedules.constant(value=0.9)}
+  state = train.init_state(jnp.array([1.0, -2.0]), tx, ('slow',), bool(target_rate))
+  step = jax.jit(train.make_train_step(loss, tx, rates, target_rate, seed=0))
+  return state, *step(state, core.Frozen(), core.Batch(x0, None))
+
+
+def test_step_moves_parameters_and_averages_by_their_rates():
+  x0 = jnp.array([[1.0, 0.0], [3.0, 2.0], [2.0, 4.0], [2.0, 2.0]])
+  half = schedules.constant(value=0.5)
+  before, after, metrics = one_step_of(linear_loss, x0, target_rate=half)
+  moved = np.array([1.0, -2.0]) - 0.5 * np.array([2.0, 2.0])  # w - lr mean(x0)
+  old = np.asarray(before.params)
+  np.testing.assert_allclose(after.params, moved, rtol=1e-6)
+  np.testing.assert_allclose(after.ema['slow'], 0.9 * old + 0.1 * moved, rtol=1e-6)
+  np.testing.assert_allclose(after.target, 0.5 * old + 0.5 * moved, rtol=1e-6)
+  assert int(after.step) == 1
+  losses = np.asarray(x0) @ old
+  np.testing.assert_allclose(metrics['loss'], losses.mean(), rtol=1e-6)
+  np.testing.assert_allclose(metrics['grad_norm'], 8**0.5, rtol=1e-6)
+
+
+def test_quartiles_are_by_rank_of_t():
+  x0 = jnp.stack([jnp.arange(8.0), jnp.zeros(8)], axis=1)[::-1]
+
+  def loss(nets, batch, step, keys):
+    return core.LossOut(batch.x0 @ nets.online, {'t': batch.x0[:, 0]})
+
+  metrics = one_step_of(loss, x0)[2]
+  quartiles = [float(metrics[f'loss_q{i}']) for i in (1, 2, 3, 4)]
+  assert quartiles == [0.5, 2.5, 4.5, 6.5]
+
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(bad):
+  x0 = jnp.ones((4, 2)).at[1, 0].set(bad)
+  before, after, metrics = one_step_of(linear_loss, x0)
+  assert_equal_states(before._replace(step=after.step), after)
+  assert int(after.step) == 1
+  assert metrics['skipped'] == 1
+  assert not np.isfinite(metrics['loss'])  # shown, not hidden
+
+
+def test_an_infinite_gradient_of_a_finite_loss_is_skipped_too():
+  def loss(nets, batch, step, keys):
+    root = jnp.sqrt(jnp.sum(nets.online * 0.0))  # 0, with gradient 0 / 0
+    return core.LossOut(jnp.full(4, root), {'t': jnp.arange(4.0)})
+
+  before, after, metrics = one_step_of(loss, jnp.ones((4, 2)))
+  assert metrics['loss'] == 0
+  assert metrics['skipped'] == 1
+  np.testing.assert_array_equal(before.params, after.params)
+
+
+# The loop --------------------------------------------------------------------------
+
+
+def test_a_run_that_is_never_finite_stops_and_says_so(tmp_path, one_device):
+  config = small(max_skipped_steps=4, every__log_steps=2)
+  run = runs.prepare(config, one_device)
+
+  def broken(nets, batch, step, keys):
+    out = run.loss(nets, batch, step, keys)
+    return out._replace(loss=out.loss * jnp.nan)
+
+  with pytest.raises(FloatingPointError, match=r'6 steps .* config\.grad_clip_norm'):
+    train.train(run._replace(loss=broken), tmp_path, {})
+
+
+@pytest.mark.parametrize('name', ['edm_digits', 'toy2d'])
+def test_a_run_that_fell_over_goes_on_to_the_same_bits(name, tmp_path, one_device):
+  run = runs.prepare(small(name), one_device)
+  straight = train.train(run, tmp_path / 'straight', {})
+
+  def fall(run, params, step, log):
+    if step == 9:
+      raise RuntimeError
+
+  falling = runs.prepare(small(name, every__picture_steps=3), one_device)
+  with pytest.raises(RuntimeError):
+    train.train(falling, tmp_path / 'fallen', {'picture': fall})
+  resumed = train.train(run, tmp_path / 'fallen', {})
+  assert_equal_states(straight, resumed)
+
+
+def test_losses_do_not_depend_on_the_number_of_devices(one_device):
+  losses = []
+  for mesh in (one_device, sharding.data_mesh()):
+    run = runs.prepare(small(), mesh)
+    state = train.first_state(run)
+    step = jax.jit(
+      train.make_train_step(run.loss, run.tx, run.ema_rates, None, run.config.seed),
+      donate_argnums=0,
+    )
+    rows = []
+    for k in range(20):
+      state, metrics = step(state, core.Frozen(), train.batch(run, k))
+      rows.append(float(metrics['loss']))
+    losses.append(rows)
+  assert len(jax.devices()) == 8
+  # Sums over the batch are taken in another order: float32, 20 steps.
+  np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path, one_device):
+  run = runs.prepare(small(), one_device)
+  first = train.train(run, tmp_path, {})
+  lines = (tmp_path / 'metrics.jsonl').read_text()
+  assert_equal_states(first, train.train(run, tmp_path, {}))
+  assert (tmp_path / 'metrics.jsonl').read_text() == lines
+
+
+def test_a_student_starts_from_the_weights_its_teacher_samples_from(
+  tmp_path, one_device
+):
+  teacher = train.train(runs.prepare(small(), one_device), tmp_path / 'teacher', {})
+  config = small('ect_digits', init_from=str(tmp_path / 'teacher'))
+  state = train.first_state(runs.prepare(config, one_device))
+  for tree in (state.params, state.ema['slow']):
+    assert_equal_states(tree, teacher.ema['slow'])
+  assert int(state.step) == 0
+
+
+def test_another_network_is_refused_before_any_step(tmp_path, one_device):
+  train.train(runs.prepare(small(), one_device), tmp_path / 'teacher', {})
+  config = small('ect_digits', init_from=str(tmp_path / 'teacher'), network__width=32)
+  differs = r'another network: parameter .*\(32,\).*\(64,\)'
+  with pytest.raises(core.UserError, match=differs):
+    train.train(runs.prepare(config, one_device), tmp_path / 'student', {})
+  assert not list((tmp_path / 'student').rglob('config.json'))
+
+
+def test_a_folder_with_another_config_is_refused(tmp_path, one_device):
+  train.train(runs.prepare(small(), one_device), tmp_path, {})
+  with pytest.raises(core.UserError, match=r'config\.seed: 0 -> 1'):
+    train.train(runs.prepare(small(seed=1), one_device), tmp_path, {})
+  more_often = small(every__log_steps=3)  # changes nothing of the result
+  train.train(runs.prepare(more_often, one_device), tmp_path, {})
+
+
+CIFAR10 = os.environ.get(data.DATA_DIR_VARIABLE, ROOT.parent / 'shared/data/tfds')
+
+
+@pytest.mark.skipif(
+  not (Path(CIFAR10) / 'cifar10').is_dir(),
+  reason=f'no CIFAR-10 prepared by TFDS; set {data.DATA_DIR_VARIABLE}',
+)
+def test_ect_on_narrowed_cifar10_learns_a_fixed_batch(one_device):
+  config = configs.load(ROOT / 'configs' / 'ect_cifar10.py')
+  config.update(dict(init_from='', batch_size=16))
+  config.data.update(dict(data_dir=str(CIFAR10), split='train[:320]'))
+  config.network.update(dict(channels=16, channel_mult=(1, 1), blocks=1))
+  config.optimizer.learning_rate.value = 1e-3
+  run = runs.prepare(config, one_device)
+  assert run.source.shape == (32, 32, 3)
+  state = train.first_state(run)
+  step = jax.jit(
+    train.make_train_step(run.loss, run.tx, run.ema_rates, None, run.config.seed)
+  )
+  fixed = train.batch(run, 0)
+
+  @jax.jit
+  def on_fixed_batch(params):
+    draws = core.streams(jax.random.key(0), 0)
+    return jnp.mean(run.loss(core.Nets(params, params), fixed, 0, draws).loss)
+
+  before = on_fixed_batch(state.params)
+  for k in range(20):
+    state, metrics = step(state, core.Frozen(), train.batch(run, k))
+    assert np.isfinite(metrics['loss'])
+    assert metrics['skipped'] == 0
+  assert on_fixed_batch(state.params) < 0.98 * before
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_kept(tmp_path, one_device, capsys):
+  run = runs.prepare(small(), one_device)
+  straight = train.train(run, tmp_path, {})
+  newest = tmp_path / 'checkpoints' / '24' / 'online' / 'manifest.ocdbt'
+  newest.write_bytes(newest.read_bytes()[:20])
+  again = train.train(run, tmp_path, {})
+  said = capsys.readouterr().out
+  assert 'checkpoint 24 is damaged' in said
+  assert 'goes on from step 18' in said
+  assert (tmp_path / 'checkpoints' / '24.damaged').is_dir()
+  assert_equal_states(straight, again)
+
+
+def test_kill_9_at_a_random_moment_ends_in_the_same_bits(tmp_path, one_device):
+  config = small(total_images=32 * 400, every__checkpoint_steps=10)
+  command = [
+    sys.executable, '-m', 'cmjax.main', f'--config={ROOT}/configs/edm_digits.py',
+    f'--workdir={tmp_path / "killed"}',
+    *(f'--config.{k}={v}' for k, v in SMALL.items()),
+    f'--config.total_images={32 * 400}', '--config.every.checkpoint_steps=10',
+  ]  # fmt: skip
+  environment = os.environ | {'XLA_FLAGS': '', 'PYTHONPATH': str(ROOT)}
+  process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE)
+  while not process.stdout.readline().startswith(b'compiled'):
+    assert process.poll() is None
+  time.sleep(random.uniform(0, 2))
+  process.send_signal(signal.SIGKILL)
+  process.wait()
+  resumed = subprocess.run(command, env=environment, capture_output=True, check=True)
+  assert b'damaged' not in resumed.stdout
+
+  run = runs.prepare(config, one_device)
+  straight = train.train(run, tmp_path / 'straight', {})
+  checkpoints = checkpoint.Checkpoints(tmp_path / 'killed', keep=2)
+  like = train.abstract_state(run)
+  assert_equal_states(straight, checkpoints.restore(like, logs.say))
+  checkpoints.close()
