@@ -47,37 +47,52 @@ class Checkpoints:
   def restore(self, like: TrainState, say: Callable[[str], None]) -> TrainState | None:
     """The newest whole checkpoint in the shapes and shardings of `like`, or None.
 
-    A damaged one is said, and renamed to `STEP.damaged` so that its step can be saved
-    again and its owner can still look at it.
+    Damaged ones that are newer are said, and renamed to `STEP.damaged` so that their
+    steps can be saved again and their owner can still look at them.
 
-    Raises: UserError if there are checkpoints and none is whole.
+    Raises: UserError if there are checkpoints and none is whole; then all stay as they
+      are.
     """
-
-    def read(step):
-      items = {
-        name: ocp.args.StandardRestore(_abstract(tree))
-        for name, tree in _items(like).items()
-      }
-      found = self._manager.restore(step, args=ocp.args.Composite(**items))
-      return _state(found, like)
-
+    damaged = {}
     for step in sorted(self._manager.all_steps(), reverse=True):
       try:
         with _quiet():
-          return read(step)
+          state = self._read(step, like)
       except Exception as error:  # a cut file surfaces as many kinds of error
-        folder = self._folder / str(step)
-        folder.rename(folder.with_suffix('.damaged'))
-        say(
-          f'checkpoint {step} is damaged ({_line(error)}), '
-          f'set aside as {folder}.damaged'
-        )
-    if any(self._folder.glob('*.damaged')):
+        damaged[step] = _line(error)
+        continue
+      for newer, reason in damaged.items():
+        say(f'checkpoint {newer} is damaged ({reason}), now {self._set_aside(newer)}')
+      return state
+    if damaged:
+      step, reason = next(iter(damaged.items()))
       raise UserError(
-        f'no whole checkpoint is left in {self._folder}; start again in another '
-        '--workdir'
+        f'no checkpoint in {self._folder} can be read (of step {step}: {reason}); '
+        'start again in another --workdir'
       )
     return None
+
+  def _read(self, step: int, like: TrainState) -> TrainState:
+    items = {
+      name: ocp.args.StandardRestore(_abstract(tree))
+      for name, tree in _items(like).items()
+    }
+    found = self._manager.restore(step, args=ocp.args.Composite(**items))
+    return TrainState(
+      step=found['step'][0],
+      params=found[ONLINE],
+      target=None if like.target is None else found['target'],
+      ema={name: found[f'ema.{name}'] for name in like.ema},
+      opt_state=found['opt_state'],
+    )
+
+  def _set_aside(self, step: int) -> Path:
+    aside, number = self._folder / f'{step}.damaged', 2
+    while aside.exists():
+      aside, number = self._folder / f'{step}.damaged_{number}', number + 1
+    (self._folder / str(step)).rename(aside)
+    self._manager.reload()  # it remembers the steps it has seen
+    return aside
 
   def wait(self) -> None:
     """Returns once everything started is on disk."""
@@ -86,6 +101,11 @@ class Checkpoints:
   def close(self) -> None:
     """Waits, then lets go."""
     self._manager.close()
+
+
+def any_in(workdir: str | Path) -> bool:
+  """Whether a work directory holds a checkpoint, whole or not."""
+  return any(p.name.isdigit() for p in (Path(workdir) / 'checkpoints').glob('*'))
 
 
 def newest(
@@ -181,16 +201,6 @@ def _items(state: TrainState) -> dict[str, Any]:
   if state.target is not None:
     items['target'] = state.target
   return items | {f'ema.{name}': tree for name, tree in state.ema.items()}
-
-
-def _state(found: Any, like: TrainState) -> TrainState:
-  return TrainState(
-    step=found['step'][0],
-    params=found[ONLINE],
-    target=None if like.target is None else found['target'],
-    ema={name: found[f'ema.{name}'] for name in like.ema},
-    opt_state=found['opt_state'],
-  )
 
 
 def _abstract(tree: Any) -> Any:

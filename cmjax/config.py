@@ -12,6 +12,7 @@ import inspect
 import json
 from pathlib import Path
 import sys
+import typing
 from typing import Any
 
 import ml_collections
@@ -61,6 +62,14 @@ POSITIVE = (
   'every.log_steps',
   'every.checkpoint_steps',
   'keep_checkpoints',
+)
+NOT_NEGATIVE = (
+  'seed',
+  'grad_clip_norm',
+  'max_skipped_steps',
+  'evaluation.seed',
+  'every.picture_steps',
+  'every.evaluate_steps',
 )
 
 
@@ -113,11 +122,19 @@ def checked(config: ConfigDict, where: str = 'config') -> ConfigDict:
 
   Raises: UserError naming the first key that is unknown, missing or of a wrong type.
   """
+  if not isinstance(config, ConfigDict):
+    raise UserError(f'{where}: get_config() must return a ConfigDict, not {config!r}')
   _check(config, SCHEMA, where)
   for key in POSITIVE:
     value = _at(config, key)
     if value <= 0:
       raise UserError(f'{where}.{key}: must be positive, got {value}')
+  for key in NOT_NEGATIVE:
+    value = _at(config, key)
+    if value < 0:
+      raise UserError(f'{where}.{key}: must not be negative, got {value}')
+    if value >= 2**32:  # jax keeps 32 bits of a seed: others would be the same
+      raise UserError(f'{where}.{key}: must be below 2**32, got {value}')
   return config
 
 
@@ -142,8 +159,16 @@ def _check(config: Any, schema: Mapping[str, Any], where: str) -> None:
       raise UserError(f'{path}: must be a dict, got {value!r}')
     elif isinstance(kind, dict):
       _check(value, kind, path)
-    elif kind == 'part' and 'fn' not in value:
-      raise UserError(f"{path}: needs fn='package.module:function'")
+    elif kind == 'parts':
+      for name in value:
+        _check_part(value[name], f'{path}.{name}')
+    elif kind == 'part' or value:
+      _check_part(value, path)
+
+
+def _check_part(value: Any, path: str) -> None:
+  if not is_part(value) or not isinstance(value.fn, str):
+    raise UserError(f"{path}: needs fn='package.module:function'")
 
 
 def _check_type(value: Any, kind: type, path: str) -> None:
@@ -206,11 +231,16 @@ def build(spec: ConfigDict, where: str, **given: Any) -> Any:
       raise UserError(f'{where}.{key}: {spec.fn} has no such key{_hint(key, takes)}')
     if key in given:
       raise UserError(f'{where}.{key}: is set by the run, leave it out')
-    value = spec[key]
-    if is_part(value):
+    value, kind = spec[key], parameters[key].annotation
+    if isinstance(value, ConfigDict):
+      _check_part(value, f'{where}.{key}')
       value = build(value, f'{where}.{key}', **given)
-    elif parameters[key].annotation in (bool, int, float, str):
-      _check_type(value, parameters[key].annotation, f'{where}.{key}')
+    elif typing.get_origin(kind) is Callable:
+      raise UserError(
+        f"{where}.{key}: needs fn='package.module:function', got {value!r}"
+      )
+    elif kind in (bool, int, float, str):
+      _check_type(value, kind, f'{where}.{key}')
     keywords[key] = value
   keywords |= {key: value for key, value in given.items() if key in parameters}
   for name, parameter in parameters.items():
@@ -223,6 +253,8 @@ def build(spec: ConfigDict, where: str, **given: Any) -> Any:
     raise UserError(f'{where}.{name}: missing; {spec.fn} needs it')
   try:
     return fn(**keywords)
+  except UserError:
+    raise  # it names its key already
   except (ValueError, TypeError) as error:
     raise UserError(f'{where}: {error}') from error
 
@@ -246,7 +278,8 @@ def _function(path: str, where: str) -> Callable[..., Any]:
   module, _, name = path.partition(':')
   try:
     found = getattr(importlib.import_module(module), name)
-  except (ImportError, AttributeError, ValueError) as error:
+    inspect.signature(found)
+  except (ImportError, AttributeError, ValueError, TypeError) as error:
     raise UserError(f'{where}: cannot import {path!r} ({error})') from error
   return found
 

@@ -175,7 +175,7 @@ def tfds(
 def array(*, path: str, conditional: bool = False, flip: bool = False) -> Source:
   """Your own data: an `.npz`, or a folder of images.
 
-  An `.npz` holds `images` uint8[N, H, W, C], or f32 in [-1, 1] of any shape [N, ...],
+  An `.npz` holds `images` uint8[N, H, W, C], or f32 in [-1, 1] as that or [N, D],
   and, for a conditional model, `labels` i[N] from 0. In a folder, images lie at any
   depth, all of one size, and the name of the first sub-folder is the label.
 
@@ -189,6 +189,8 @@ def array(*, path: str, conditional: bool = False, flip: bool = False) -> Source
     examples, labels = _read_npz(place, conditional)
   else:
     raise UserError(f'config.data.path: {path!r} is neither a folder nor an .npz file')
+  if flip and examples.ndim != 4:
+    raise UserError(f'config.data.flip: {path} holds no images to flip, but points')
   classes = 0 if labels is None else int(labels.max()) + 1
   return _images(place.name, examples, labels, classes, flip)
 
@@ -227,6 +229,11 @@ def _read_npz(place: Path, conditional: bool):
   if 'images' not in arrays:
     raise UserError(f"config.data.path: {place} has no 'images'; it has {list(arrays)}")
   images = arrays['images']
+  if images.dtype.kind not in 'fiu':
+    raise UserError(
+      f"config.data.path: 'images' of {place} are {images.dtype}; store uint8 or "
+      'float32'
+    )
   if images.dtype != np.uint8:
     images = images.astype(np.float32)
     if not np.all(np.abs(images) <= 1):
@@ -234,8 +241,13 @@ def _read_npz(place: Path, conditional: bool):
         f"config.data.path: 'images' of {place} leave [-1, 1] or are not numbers; "
         'store uint8, or scale them'
       )
-  if images.ndim < 2 or not len(images):
-    raise UserError(f"config.data.path: 'images' of {place} have shape {images.shape}")
+  if not images.size or images.ndim not in (
+    (4,) if images.dtype == np.uint8 else (2, 4)
+  ):
+    raise UserError(
+      f"config.data.path: 'images' of {place} have shape {images.shape}; store uint8 "
+      'as [N, H, W, C], float32 as that or [N, D]'
+    )
   if not conditional:
     return images, None
   if 'labels' not in arrays or arrays['labels'].shape != images.shape[:1]:
@@ -277,6 +289,8 @@ def _read_folder(place: Path, conditional: bool):
 def _read_image(file: Path) -> np.ndarray:
   try:
     with Image.open(file) as image:
+      if image.mode[0] in 'IF' or 'A' in image.mode:  # convert() would cut silently
+        raise OSError(f'mode {image.mode}; store 8 bits a channel, no transparency')
       return np.asarray(image.convert('RGB'))
   except (UnidentifiedImageError, OSError) as error:
     raise UserError(f'config.data.path: cannot read {file} ({error})') from error

@@ -31,7 +31,10 @@ class RunLog:
     self._primary = primary
     if primary:
       self._lines = (self._workdir / 'metrics.jsonl').open('a', encoding='utf-8')
-      self._events = tensorboardX.SummaryWriter(str(self._workdir / 'tensorboard'))
+      # Named to the nanosecond: a file of the same second would be overwritten.
+      self._events = tensorboardX.SummaryWriter(
+        str(self._workdir / 'tensorboard'), filename_suffix=f'.{time.time_ns()}'
+      )
 
   def scalars(self, step: int, values: Mapping[str, float]) -> None:
     """Appends to `metrics.jsonl` and to the TensorBoard events; NaN is null in JSON."""
@@ -97,14 +100,13 @@ def write_png(path: str | Path, image: np.ndarray) -> None:
 
 
 def grid(images: np.ndarray, columns: int, cell: int = 48) -> np.ndarray:
-  """uint8[N, H, W, 1 or 3] -> uint8[H', W', 3], row by row.
+  """uint8[N, H, W, C] -> uint8[H', W', 3], row by row: three channels, or the first.
 
   Small images are enlarged by a whole factor to about `cell` pixels, never smoothed.
   """
   factor = max(1, cell // images.shape[1])
   big = np.repeat(np.repeat(images, factor, axis=1), factor, axis=2)
-  if big.shape[-1] == 1:
-    big = np.repeat(big, 3, axis=-1)
+  big = big[..., :3] if big.shape[-1] >= 3 else np.repeat(big[..., :1], 3, axis=-1)
   missing = -len(big) % columns
   big = np.concatenate([big, np.full((missing, *big.shape[1:]), 255, np.uint8)])
   big = np.pad(big, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)

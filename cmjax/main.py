@@ -47,28 +47,39 @@ def _fail(text: str) -> int:
   return 2
 
 
+def _help() -> int:
+  print('cmjax --config=FILE --workdir=DIR [--mode=MODE] [--config.KEY=VALUE ...]')
+  for flag in (flags.FLAGS[holder.name] for holder in (_CONFIG, _WORKDIR, _MODE)):
+    print(f'  --{flag.name}: {flag.help} {getattr(flag.parser, "enum_values", "")}')
+  return 0
+
+
 def _parse(argv: Sequence[str]) -> None:
   sys.path.append(os.getcwd())  # a config may name functions of the user's own
   for flag, value in zip(argv, [*argv[1:], '']):
     name, _, attached = flag.lstrip('-').partition('=')
     if name == 'config':
-      configs.allow_imports_beside((attached or value).partition(':')[0])
+      path = (attached if '=' in flag else value).partition(':')[0]
+      if not Path(path).is_file():
+        raise UserError(f'--config: no file {path!r}; see configs/ for those that ship')
+      configs.allow_imports_beside(path)
+    elif flag in ('--help', '-h'):
+      raise SystemExit(_help())
   try:
     rest = flags.FLAGS(list(argv))[1:]
-  except (
-    flags.Error,
-    AttributeError,
-    TypeError,
-    ValueError,
-    KeyError,
-    OSError,
-  ) as error:
-    text = ' '.join(str(error).split())
-    raise UserError(f'{text}; cmjax --help lists the flags') from error
+  except Exception as error:  # a config is code, and may raise anything
+    raise UserError(f'{_one_line(error)}; cmjax --help lists the flags') from error
   if rest:
     raise UserError(
       f'unexpected {rest[0]!r}; flags look like --config=FILE --workdir=DIR'
     )
+
+
+def _one_line(error: Exception) -> str:
+  text = error.args[0] if isinstance(error, KeyError) else str(error)
+  text = ' '.join(str(text).split())[:400] or type(error).__name__
+  unknown_key = isinstance(error, (KeyError, AttributeError))
+  return f'--config: unknown key {text}' if unknown_key else text
 
 
 def _config() -> configs.ConfigDict:
@@ -80,7 +91,11 @@ def _config() -> configs.ConfigDict:
 def _workdir() -> Path:
   if not _WORKDIR.value:
     raise UserError('give --workdir=DIR, the folder of the run')
-  return Path(_WORKDIR.value)
+  path = Path(_WORKDIR.value)
+  for part in (path, *path.parents):
+    if part.exists() and not part.is_dir():
+      raise UserError(f'--workdir: {part} is a file, not a folder')
+  return path
 
 
 def _train() -> None:

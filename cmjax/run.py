@@ -109,7 +109,7 @@ def prepare(config: configs.ConfigDict, mesh: jax.sharding.Mesh | None = None) -
   try:
     pretrained.abstract_params(network, source.shape, source.classes, mesh)
   except ValueError as error:
-    raise UserError(f'config.network: {error}') from error
+    raise UserError(f'config.network: {str(error).splitlines()[0]}') from error
   return Run(
     config=config,
     mesh=mesh,

@@ -41,9 +41,9 @@ def make_train_step(
 ) -> Step:
   """One update, for the global batch: value, gradient, optimiser, averages, metrics.
 
-  A step whose loss or gradient is not finite changes nothing but the step number, and
-  counts as `skipped`. Metrics are f32[] each; `loss_q1` to `loss_q4` are means over the
-  quarters of the batch by t, cleanest first.
+  A step whose loss, gradient or update is not finite changes nothing but the step
+  number, and counts as `skipped`. Metrics are f32[] each; `loss_q1` to `loss_q4` are
+  means over the quarters of the batch by t, cleanest first.
   """
   root = jax.random.key(seed)
 
@@ -57,6 +57,7 @@ def make_train_step(
     (mean, out), gradient = jax.value_and_grad(value, has_aux=True)(state.params)
     norm = optax.tree.norm(gradient)
     updates, opt_state = tx.update(gradient, state.opt_state, state.params)
+    update_norm = optax.tree.norm(updates)
     params = optax.apply_updates(state.params, updates)
     new = TrainState(
       step=state.step,
@@ -68,9 +69,10 @@ def make_train_step(
       },
       opt_state=opt_state,
     )
-    finite = jnp.isfinite(mean) & jnp.isfinite(norm)
+    finite = jnp.isfinite(mean) & jnp.isfinite(norm) & jnp.isfinite(update_norm)
     kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
-    metrics = {'loss': mean, 'grad_norm': norm, 'skipped': 1.0 - finite}
+    metrics = {'loss': mean, 'grad_norm': norm, 'update_norm': update_norm}
+    metrics['skipped'] = 1.0 - finite
     metrics |= {f'mean_{name}': jnp.mean(v) for name, v in out.aux.items()}
     metrics |= _by_quartile(out.loss, out.aux['t'])
     return kept._replace(step=state.step + 1), metrics
@@ -128,11 +130,11 @@ def train(run: Run, workdir: str | Path, hooks: Mapping[str, Hook]) -> TrainStat
   """
   workdir = Path(workdir)
   check_claim(workdir, run.config)
-  checkpoints = checkpoint.Checkpoints(workdir, run.config.keep_checkpoints)
-  state = checkpoints.restore(abstract_state(run), logs.say)
-  if state is None:
-    state = first_state(run)
+  # Made before any folder is: weights to start from may be refused.
+  state = None if checkpoint.any_in(workdir) else first_state(run)
   _write_config(workdir, run.config)
+  checkpoints = checkpoint.Checkpoints(workdir, run.config.keep_checkpoints)
+  state = state or checkpoints.restore(abstract_state(run), logs.say)
   logs.say(_opening(run, int(state.step)))
   log = logs.RunLog(workdir, primary=jax.process_index() == 0)
   try:
@@ -242,8 +244,8 @@ def _scheduled(run: Run, step: int) -> dict[str, float]:
 def _stop_if_lost(run: Run, skipped: int, step: int) -> None:
   if skipped > run.config.max_skipped_steps:
     raise FloatingPointError(
-      f'{skipped} steps had a loss or gradient that is not finite, the last by step '
-      f'{step}; nothing of them was kept. Lower the learning rate, or set '
+      f'{skipped} steps had a loss, gradient or update that is not finite, the last by '
+      f'step {step}; nothing of them was kept. Lower the learning rate, or set '
       'config.grad_clip_norm'
     )
 
@@ -281,8 +283,11 @@ def _matters(difference: str) -> bool:
 
 
 def _write_config(workdir: Path, config: configs.ConfigDict) -> None:
-  workdir.mkdir(parents=True, exist_ok=True)
-  (workdir / 'config.json').write_text(configs.to_json(config), encoding='utf-8')
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / 'config.json').write_text(configs.to_json(config), encoding='utf-8')
+  except OSError as error:
+    raise UserError(f'--workdir: cannot write {workdir} ({error.strerror})') from error
 
 
 def _random_params(run: Run) -> Params:

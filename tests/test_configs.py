@@ -17,7 +17,7 @@ CONFIGS = sorted(
 SMALLER = {
   'cmjax.networks.mlp:mlp': dict(width=16, blocks=1, embedding=8),
   'cmjax.networks.songunet:songunet': dict(
-    channels=8, channel_mult=(1, 1), blocks=1, attention=(4,)
+    channels=8, channel_mult=(1,), blocks=1, attention=(8,)
   ),
 }
 

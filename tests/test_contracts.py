@@ -92,19 +92,21 @@ SHAPE, CLASSES, BATCH = (4, 4, 1), 3, 8
 def model():
   """A small preconditioned network with dropout, and weights that are not zero."""
   network = mlp.mlp(width=16, blocks=1, embedding=8, dropout=0.5)
-  params = jax.jit(network.init)(
-    jax.random.key(0), jnp.zeros((1, *SHAPE)), jnp.zeros(1), jnp.zeros((1, CLASSES))
-  )
-  return precond.edm(network), noisy(params)
+  example = jnp.zeros((1, *SHAPE)), jnp.zeros(1), jnp.zeros((1, CLASSES))
+  return precond.edm(network), some_params(network, *example)
 
 
-def noisy(params):
-  """Weights away from their initial zeros, so that nothing vanishes by chance."""
-  leaves, tree = jax.tree.flatten(params)
-  keys = jax.random.split(jax.random.key(1), len(leaves))
-  return tree.unflatten(
-    [a + 0.1 * jax.random.normal(k, a.shape, a.dtype) for a, k in zip(leaves, keys)]
-  )
+def some_params(net, x, c_noise, cond, dtype=jnp.float32):
+  """Parameters of order one, so that nothing vanishes by chance or by its zeros."""
+  draw = np.random.default_rng(1)
+
+  def some(path, a):
+    spread = np.prod(a.shape[:-1]) ** -0.5 if a.ndim > 1 else 0.1
+    around = 1.0 if 'scale' in jax.tree_util.keystr(path) else 0.0
+    return jnp.asarray(around + spread * draw.normal(size=a.shape), dtype)
+
+  shapes = jax.eval_shape(net.init, jax.random.key(0), x, c_noise, cond)
+  return jax.tree.map_with_path(some, shapes)
 
 
 def a_batch(seed=2):
@@ -172,8 +174,7 @@ def test_objective_differentiates_only_the_online_network(objective):
 @pytest.mark.parametrize('t', [1e-3, 300.0])
 def test_objective_stays_finite_at_extreme_times(name, dtype, t, monkeypatch):
   network = mlp.mlp(width=16, blocks=1, embedding=8, dtype=dtype)
-  x, t_one = jnp.zeros((1, *SHAPE)), jnp.zeros(1)
-  params = jax.jit(network.init)(jax.random.key(0), x, t_one, None)
+  params = some_params(network, jnp.zeros((1, *SHAPE)), jnp.zeros(1), None)
   f = precond.edm(network)
   monkeypatch.setitem(globals(), 'LOGNORMAL', lambda key, n: jnp.full(n, t))
   low, high = sorted((t, 1.1 * t))
@@ -208,7 +209,7 @@ def network(request):
   build, shape = NETWORKS[request.param]
   net = build(dropout=0.5)
   arguments = inputs(shape)
-  params = noisy(jax.jit(net.init)(jax.random.key(0), *arguments))
+  params = some_params(net, *arguments)
   return build, jax.jit(net.apply), params, arguments
 
 
@@ -254,8 +255,7 @@ def test_network_jvp_is_the_central_difference(name, x64):
   build, shape = NETWORKS[name]
   net = build(dropout=0.3, dtype='float64')
   x, c_noise, cond = inputs(shape, jnp.float64)
-  params = jax.jit(net.init)(jax.random.key(0), x, c_noise, cond)
-  params = noisy(jax.tree.map(lambda a: a.astype(jnp.float64), params))
+  params = some_params(net, x, c_noise, cond, jnp.float64)
   direction = jax.random.normal(jax.random.key(6), x.shape, x.dtype)
 
   @jax.jit
@@ -294,7 +294,7 @@ def test_preconditioner_is_float32_outside_a_bfloat16_network(name):
   build, _ = PRECONDITIONERS[name]
   network = mlp.mlp(width=16, blocks=1, embedding=8, dtype='bfloat16')
   x, t = jnp.ones((2, *SHAPE)), jnp.ones(2)
-  params = network.init(jax.random.key(0), x, t, None)
+  params = some_params(network, x, t, None)
   assert build(network)(params, x, t, None).dtype == jnp.float32
 
 

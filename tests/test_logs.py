@@ -218,3 +218,14 @@ def test_progress_is_a_bar_on_a_terminal(capsys, monkeypatch):
   assert out == ''
   assert '11/30' in err
   assert 'loss=0.5' in err
+
+
+def test_events_of_the_same_second_are_all_kept(tmp_path):
+  for step in (1, 2):
+    log = logs.RunLog(tmp_path, primary=True)
+    log.scalars(step, {'loss': float(step)})
+    log.close()
+  assert [(e.step, e.value) for e in events(tmp_path).Scalars('loss')] == [
+    (1, 1.0),
+    (2, 2.0),
+  ]

@@ -74,6 +74,59 @@ MISTAKES = {
     [*SMALL, '--config.network.width=32', '--mode=sample', TRAINED],
     r'another network: parameter .* is \(32,\) there and \(64,\) here',
   ),
+  'no such file': (
+    ['--config=configs/none.py', NEW],
+    r"--config: no file 'configs/none\.py'",
+  ),
+  'a folder for a file': (['--config=configs', NEW], r"--config: no file 'configs'"),
+  'no file': (['--config=', NEW], r"--config: no file ''"),
+  'unknown part': ([*SMALL, NEW, '--config.nonesuch.x=8'], r"unknown key 'nonesuch'"),
+  'workdir is a file': (
+    [*SMALL, '--workdir=@/TRAINED/config.json'],
+    r'--workdir: .*config\.json is a file',
+  ),
+  'workdir inside a file': (
+    [*SMALL, '--workdir=@/TRAINED/config.json/x'],
+    r'--workdir: .*config\.json is a file',
+  ),
+  'nothing to start from': (
+    [ECT, NEW, '--config.init_from=@/EMPTY'],
+    r'EMPTY: no checkpoints there',
+  ),
+  'start from another network': (
+    [ECT, NEW, '--config.init_from=@/TRAINED'],
+    r'TRAINED holds another network: parameter .* is \(32,\) there',
+  ),
+  'not a function': (
+    [*SMALL, NEW, '--config.objective.fn=os:sep'],
+    r"config\.objective\.fn: cannot import 'os:sep'",
+  ),
+  'relative import': (
+    [*SMALL, NEW, '--config.objective.fn=.times:karras'],
+    r"config\.objective\.fn: cannot import '\.times:karras'",
+  ),
+  'seed beyond 32 bits': (
+    [*SMALL, NEW, f'--config.seed={2**32}'],
+    r'config\.seed: must be below 2\*\*32',
+  ),
+  'never told as a negative': (
+    [*SMALL, NEW, '--config.every.picture_steps=-1'],
+    r'config\.every\.picture_steps: must not be negative, got -1',
+  ),
+  'no such dtype': (
+    [*SMALL, NEW, '--config.network.dtype=float31'],
+    r'network.*float31',
+  ),
+  'odd embedding': ([*SMALL, NEW, '--config.network.embedding=7'], r'config\.network'),
+  'no data set': (
+    [
+      *SMALL,
+      NEW,
+      '--config.data.fn=cmjax.data:tfds',
+      '--config.data.conditional=False',
+    ],
+    r'^cmjax: config\.data\.name: missing',
+  ),
 }
 # What goes well; the first two each in a copy of the trained run.
 COMMANDS = {

@@ -91,12 +91,14 @@ def test_sizes_that_cannot_be_halved_are_refused(size):
 
 @pytest.mark.parametrize('arguments', [dict(channels=12), dict(channel_mult=())])
 def test_widths_it_cannot_build_are_refused(arguments):
-  with pytest.raises(ValueError, match='songunet'):
+  with pytest.raises(
+    ValueError, match='needs a channel_mult and channels a multiple of 8'
+  ):
     songunet.songunet(**arguments)
 
 
 def test_initial_weights_have_their_published_scales():
-  net = songunet.songunet(channels=32, channel_mult=(1,), blocks=0, attention=())
+  net = songunet.songunet(channels=32, channel_mult=(1,), blocks=1, attention=())
   scales = {'conv0': 1.0, 'conv1': 1e-5, 'qkv': 0.2**0.5, 'proj': 1e-5}
 
   @jax.jit

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 
 from cmjax.core import Array, Network
 
+DTYPES = ('float32', 'bfloat16', 'float16', 'float64')
+
 
 def as_network(module: nn.Module) -> Network:
   """Wraps a linen module called as `module(x, c_noise, cond, deterministic)`."""
@@ -20,6 +22,20 @@ def as_network(module: nn.Module) -> Network:
     )
 
   return Network(init, apply)
+
+
+def check(*, dropout: float, dtype: str, **sizes: int) -> None:
+  """Refuses what would build a network that cannot work.
+
+  Raises: ValueError for a size below 1, dropout outside [0, 1), or an unknown dtype.
+  """
+  for name, size in sizes.items():
+    if size < 1:
+      raise ValueError(f'{name} must be at least 1, got {size}')
+  if not 0 <= dropout < 1:
+    raise ValueError(f'dropout must be in [0, 1), got {dropout}')
+  if dtype not in DTYPES:
+    raise ValueError(f'dtype must be one of {", ".join(DTYPES)}, got {dtype!r}')
 
 
 def positional_embedding(c_noise: Array, channels: int) -> Array:

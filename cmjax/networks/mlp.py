@@ -71,6 +71,14 @@ def mlp(
     A `Network` with apply(params, x f32[B, ...], c_noise f32[B], cond f32[B, K])
     -> dtype[B, ...].
 
+  Raises: ValueError for sizes, a dropout or a dtype that cannot work.
+
   Source: cmjax choice; adaptive normalisation after Peebles & Xie 2023, section 3.2.
   """
+  layers.check(width=width, blocks=blocks, dropout=dropout, dtype=dtype)
+  if embedding < 4 or embedding % 2:
+    raise ValueError(f'embedding must be even and at least 4, got {embedding}')
+  layers.check(width=width, blocks=blocks, dropout=dropout, dtype=dtype)
+  if embedding < 4 or embedding % 2:
+    raise ValueError(f'embedding must be even and at least 4, got {embedding}')
   return layers.as_network(_Mlp(width, blocks, embedding, dropout, noise_scale, dtype))

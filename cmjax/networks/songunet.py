@@ -80,7 +80,7 @@ class _SongUNet(nn.Module):
     factor = 2 ** (len(self.channel_mult) - 1)
     if x.ndim != 4 or x.shape[1] % factor or x.shape[2] % factor:
       raise ValueError(
-        f'songunet: needs images [H, W, C], H and W multiples of {factor} for '
+        f'needs images [H, W, C], H and W multiples of {factor} for '
         f'channel_mult={self.channel_mult}; got {x.shape[1:]}'
       )
     emb = self._embed(c_noise, cond)
@@ -160,15 +160,22 @@ def songunet(
     A `Network` with apply(params, x f32[B, H, W, C], c_noise f32[B], cond f32[B, K])
     -> dtype[B, H, W, C].
 
-  Raises: ValueError for images that the resolutions do not divide.
+  Raises: ValueError for sizes that cannot work, or that images do not divide by.
 
   Source: Song et al. 2021 (score SDE), DDPM++; NVlabs/edm `SongUNet`.
   Differs: without the augmentation input.
   """
+  layers.check(
+    channels=channels,
+    blocks=blocks,
+    **{f'channel_mult[{i}]': mult for i, mult in enumerate(channel_mult)},
+    dropout=dropout,
+    dtype=dtype,
+  )
   if not channel_mult or channels % 8:
     raise ValueError(
-      f'songunet: needs channels a multiple of 8 and a channel_mult, got {channels=}, '
-      f'{channel_mult=}'
+      f'needs a channel_mult and channels a multiple of 8, got {channel_mult=}, '
+      f'{channels=}'
     )
   return layers.as_network(
     _SongUNet(channels, tuple(channel_mult), blocks, tuple(attention), dropout, dtype)
