@@ -17,11 +17,11 @@ def get_config():
   c = parts.base()
   c.init_from = parts.REQUIRED
   c.batch_size = 128
-  c.total_images = 9_000 * 128
+  c.total_images = 8_000 * 128
   c.data = parts.digits()
   c.network = parts.digits_network()
   c.precond = parts.edm_precond()
-  c.objective = parts.ect(q=2.0, stage_images=1_125 * 128, smooth=True)
+  c.objective = parts.ect(q=2.0, stage_images=1_000 * 128, smooth=True)
   c.optimizer = parts.radam(parts.cosine(7e-4))
   c.ema = dict(slow=parts.constant(0.998))
   c.sample_weights = 'slow'
