@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import jax
 import orbax.checkpoint as ocp
 
-from cmjax.core import Params, TrainState, UserError
+from cmjax.core import Params, TrainState, UserError, first_line
 
 T = TypeVar('T')
 
@@ -59,7 +59,7 @@ class Checkpoints:
         with _quiet():
           state = self._read(step, like)
       except Exception as error:  # a cut file surfaces as many kinds of error
-        damaged[step] = _line(error)
+        damaged[step] = first_line(error)
         continue
       for newer, reason in damaged.items():
         say(f'checkpoint {newer} is damaged ({reason}), now {self._set_aside(newer)}')
@@ -94,10 +94,6 @@ class Checkpoints:
     self._manager.reload()  # it remembers the steps it has seen
     return aside
 
-  def wait(self) -> None:
-    """Returns once everything started is on disk."""
-    self._manager.wait_until_finished()
-
   def close(self) -> None:
     """Waits, then lets go."""
     self._manager.close()
@@ -105,7 +101,8 @@ class Checkpoints:
 
 def any_in(workdir: str | Path) -> bool:
   """Whether a work directory holds a checkpoint, whole or not."""
-  return any(p.name.isdigit() for p in (Path(workdir) / 'checkpoints').glob('*'))
+  folders = (p for p in (Path(workdir) / 'checkpoints').glob('*') if p.is_dir())
+  return any(p.name.isdigit() for p in folders)
 
 
 def newest(
@@ -128,9 +125,8 @@ def newest(
     except UserError:
       raise
     except Exception as error:  # a cut file surfaces as many kinds of error
-      say(
-        f'checkpoint {folder / str(step)} is damaged ({_line(error)}), looking further'
-      )
+      where = folder / str(step)
+      say(f'checkpoint {where} is damaged ({first_line(error)}), looking further')
   raise UserError(f'{path}: no whole checkpoint; is it the --workdir of a run?')
 
 
@@ -187,7 +183,7 @@ def _find(path: str | Path) -> tuple[Path, list[int]]:
   folder = path / 'checkpoints'
   if not folder.is_dir():
     raise UserError(f'{path}: no checkpoints there; is it the --workdir of a run?')
-  steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit()]
+  steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit() and p.is_dir()]
   return folder, sorted(steps, reverse=True)
 
 
@@ -207,10 +203,6 @@ def _abstract(tree: Any) -> Any:
   return jax.tree.map(
     lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), tree
   )
-
-
-def _line(error: Exception) -> str:
-  return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
 @contextlib.contextmanager

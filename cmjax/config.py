@@ -125,6 +125,8 @@ def checked(config: ConfigDict, where: str = 'config') -> ConfigDict:
   if not isinstance(config, ConfigDict):
     raise UserError(f'{where}: get_config() must return a ConfigDict, not {config!r}')
   _check(config, SCHEMA, where)
+  if not config.samplers:
+    raise UserError(f'{where}.samplers: give at least one')
   for key in POSITIVE:
     value = _at(config, key)
     if value <= 0:
@@ -198,18 +200,18 @@ def _leaves(config: Any, where: str) -> Iterator[tuple[str, Any]]:
     if isinstance(value, ConfigDict):
       yield from _leaves(value, f'{where}.{key}')
     else:
-      yield f'{where}.{key}', value
+      yield f'{where}.{key}', tuple(value) if isinstance(value, list) else value
 
 
-def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
-  """What differs, a line a key: 'config.batch_size: 256 -> 128'."""
+def differences(old: ConfigDict, new: ConfigDict) -> dict[str, str]:
+  """What differs, by dotted path: {'config.batch_size': '256 -> 128'}."""
   a, b = dict(_leaves(old, 'config')), dict(_leaves(new, 'config'))
   absent = 'absent'
-  return [
-    f'{key}: {a.get(key, absent)} -> {b.get(key, absent)}'
+  return {
+    key: f'{a.get(key, absent)} -> {b.get(key, absent)}'
     for key in sorted(a.keys() | b.keys())
     if a.get(key, absent) != b.get(key, absent)
-  ]
+  }
 
 
 def build(spec: ConfigDict, where: str, **given: Any) -> Any:
@@ -291,7 +293,7 @@ def build_model(config: ConfigDict) -> tuple[Network, Model]:
 
 
 def schedules(config: ConfigDict, **given: Any) -> dict[str, Callable[[int], Any]]:
-  """Every part of the config that is a function of the step, built, by dotted path."""
+  """Every part that is a schedule of `cmjax.schedules`, built, by dotted path."""
   found = {}
 
   def walk(part, where):

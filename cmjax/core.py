@@ -23,7 +23,7 @@ class UserError(ValueError):
 class Batch(NamedTuple):
   """Examples as the objectives see them."""
 
-  x0: Array  # f32[B, ...] data, inside [-1, 1]
+  x0: Array  # f32[B, ...] data; images in [-1, 1]
   cond: Array | None  # f32[B, K] one-hot label
 
 
@@ -73,7 +73,13 @@ class Model(Protocol):
   """A preconditioned network: a denoiser D or a consistency function f."""
 
   def __call__(
-    self, params: Params, x: Array, t: Array, cond: Array | None, *, key: Key | None
+    self,
+    params: Params,
+    x: Array,
+    t: Array,
+    cond: Array | None,
+    *,
+    key: Key | None = None,
   ) -> Array:
     """f32[B, ...] at noise levels f32[B] -> f32[B, ...]; dropout only under a key."""
 
@@ -96,6 +102,11 @@ def streams(root: Key, step: Array | int) -> dict[str, Key]:
   return {
     name: jax.random.fold_in(at_step, zlib.crc32(name.encode())) for name in STREAMS
   }
+
+
+def first_line(error: Exception) -> str:
+  """What an error says, in one line of at most 160 characters."""
+  return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
 def expand(t: Array, x: Array) -> Array:

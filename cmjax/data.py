@@ -15,7 +15,7 @@ from sklearn import datasets
 import tensorflow_datasets
 
 from cmjax import oracles
-from cmjax.core import Batch, UserError
+from cmjax.core import Batch, UserError, first_line
 
 IMAGE_SUFFIXES = {'.png', '.jpg', '.jpeg', '.bmp', '.webp'}
 DATA_DIR_VARIABLE = 'CMJAX_DATA_DIR'
@@ -51,7 +51,8 @@ def batch_at(
   """This process's share of the step's global batch, as numpy arrays.
 
   The examples follow one endless sequence of permutations, so that each is seen once an
-  epoch whatever the batch size. x0 f32[batch_size / processes, ...] in [-1, 1].
+  epoch whatever the batch size. x0 f32[batch_size / processes, ...], images in
+  [-1, 1]; `processes` must divide `batch_size`.
   """
   share = batch_size // processes
   first = step * batch_size + process * share
@@ -66,7 +67,7 @@ def batch_at(
 
 
 def as_x0(source: Source, stored: np.ndarray) -> np.ndarray:
-  """Stored values [N, ...] -> f32[N, ...] in [-1, 1]."""
+  """Stored values [N, ...] -> f32[N, ...], images in [-1, 1]."""
   return (stored.astype(np.float32) - source.offset) * np.float32(source.scale)
 
 
@@ -150,15 +151,16 @@ def tfds(
   except Exception as error:  # TFDS raises many kinds; all mean that it is not there
     raise UserError(
       f'config.data: no data set {name!r} split {split!r} in array_record format under '
-      f'{place or "the default TFDS folder"} ({_first_line(error)}); prepare it with '
+      f'{place or "the default TFDS folder"} ({first_line(error)}); prepare it with '
       f'TFDS, or point config.data.data_dir or {DATA_DIR_VARIABLE} at it'
     ) from error
   features = builder.info.features
   if 'image' not in features:
     raise UserError(f'config.data: {name!r} has no image; it has {", ".join(features)}')
-  if conditional and 'label' not in features:
+  label = features['label'] if 'label' in features else None
+  if conditional and not hasattr(label, 'num_classes'):
     raise UserError(
-      f'config.data: {name!r} has no label, and the model is conditional; '
+      f'config.data: {name!r} has no class label, and the model is conditional; '
       'set config.data.conditional=False'
     )
   rows = [records[i] for i in range(len(records))]
@@ -167,7 +169,7 @@ def tfds(
     quoted_as or name,
     np.stack([row['image'] for row in rows]),
     labels,
-    features['label'].num_classes if conditional else 0,
+    label.num_classes if conditional else 0,
     flip,
   )
 
@@ -177,7 +179,8 @@ def array(*, path: str, conditional: bool = False, flip: bool = False) -> Source
 
   An `.npz` holds `images` uint8[N, H, W, C], or f32 in [-1, 1] as that or [N, D],
   and, for a conditional model, `labels` i[N] from 0. In a folder, images lie at any
-  depth, all of one size, and the name of the first sub-folder is the label.
+  depth, all of one size, and are read as RGB, grey ones too; the name of the first
+  sub-folder is the label.
 
   Raises: UserError if there is nothing there, images differ in size, values leave
     [-1, 1], or labels are missing where the model is conditional.
@@ -294,7 +297,3 @@ def _read_image(file: Path) -> np.ndarray:
       return np.asarray(image.convert('RGB'))
   except (UnidentifiedImageError, OSError) as error:
     raise UserError(f'config.data.path: cannot read {file} ({error})') from error
-
-
-def _first_line(error: Exception) -> str:
-  return (str(error).strip().splitlines() or [type(error).__name__])[0]

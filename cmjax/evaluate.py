@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 import functools
-import time
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +10,7 @@ from sklearn import linear_model
 
 from cmjax import config as configs
 from cmjax import data, logs, sharding, statistics
-from cmjax.core import Model, Params
+from cmjax.core import Model, Params, UserError
 from cmjax.run import Opened, Run
 from cmjax.samplers import Sampler
 
@@ -21,10 +20,9 @@ Metric = Callable[['Drawn'], dict[str, float]]
 class Drawn(NamedTuple):
   """Samples as a user would keep them, with what made them."""
 
-  x: np.ndarray  # f32[N, ...] in [-1, 1], clipped to the range of the data
+  x: np.ndarray  # f32[N, ...], clipped to the range of the data
   labels: np.ndarray | None  # i[N], as asked for
   evaluations: int  # network evaluations a sample
-  seconds: float  # with compilation
 
 
 def draw(
@@ -32,10 +30,10 @@ def draw(
 ) -> Drawn:
   """Samples with the labels of the data, in its order, as often round as needed.
 
-  Sample i depends on `seed` and i alone, not on the batch size or the devices.
+  Sample i depends on `seed` and i alone, not on the batch size or the devices, up to
+  rounding.
   """
   source, mesh = subject.source, subject.mesh
-  begun = time.monotonic()
   batch = min(subject.config.evaluation.batch_size, samples)
   batch = -(-batch // mesh.size) * mesh.size
   index = np.arange(-(-samples // batch) * batch)
@@ -44,8 +42,8 @@ def draw(
   made, evaluations, cond = [], 0, None
   for rows in np.split(index, len(index) // batch):
     if source.labels is not None:
-      labels = data.one_hot(source, rows % len(source.labels))
-      cond = sharding.place(labels, sharding.by_example(mesh))
+      asked = data.one_hot(source, rows % len(source.labels))
+      cond = sharding.place(asked, sharding.by_example(mesh))
     rows = sharding.place(rows.astype(np.uint32), sharding.by_example(mesh))
     x, evaluations = run_batch(params, jax.random.key(seed), rows, cond)
     made.append(np.asarray(x))
@@ -53,7 +51,7 @@ def draw(
   if source.labels is not None:
     labels = source.labels[np.arange(samples) % len(source.labels)]
   x = data.clip(source, np.concatenate(made)[:samples])
-  return Drawn(x, labels, int(evaluations), time.monotonic() - begun)
+  return Drawn(x, labels, int(evaluations))
 
 
 @functools.lru_cache(maxsize=16)
@@ -74,8 +72,11 @@ def table(
     wanted = subject.config.evaluation
     drawn = draw(subject, params, sampler, samples=wanted.samples, seed=wanted.seed)
     row = {'sampler': name, 'evaluations': drawn.evaluations, 'samples': len(drawn.x)}
-    for metric in metrics.values():
-      row |= metric(drawn)
+    for part, metric in metrics.items():
+      found = metric(drawn)
+      if row.keys() & found.keys():
+        raise UserError(f'config.metrics.{part}: {", ".join(found)} is there already')
+      row |= found
     rows.append(row)
   return rows
 
@@ -95,13 +96,17 @@ def log_pictures(run: Run, params: Params, step: int, log: logs.RunLog) -> None:
     log.picture(step, name, picture(run.source, drawn.x))
 
 
-def log_table(run: Run, params: Params, step: int, log: logs.RunLog) -> None:
-  """The metrics of every sampler, as scalars named sampler/metric."""
-  metrics = build_metrics(run)
-  for row in table(run, params, metrics):
-    name = row.pop('sampler')
-    log.scalars(step, {f'{name}/{key}': float(value) for key, value in row.items()})
-    logs.say(f'step {step} {name}: ' + ' '.join(f'{k}={v:.4g}' for k, v in row.items()))
+def table_logger(metrics: Mapping[str, Metric]) -> Callable[..., None]:
+  """A hook of training: the metrics of every sampler, as scalars sampler/metric."""
+
+  def log_table(run: Run, params: Params, step: int, log: logs.RunLog) -> None:
+    for row in table(run, params, metrics):
+      name = row.pop('sampler')
+      log.scalars(step, {f'{name}/{key}': float(value) for key, value in row.items()})
+      text = ' '.join(f'{key}={value:.4g}' for key, value in row.items())
+      logs.say(f'step {step} {name}: {text}')
+
+  return log_table
 
 
 def build_metrics(subject: Run | Opened) -> dict[str, Metric]:
@@ -142,8 +147,10 @@ def label_agreement(source: data.Source) -> Metric:
   judge.fit(_pixels(data.as_x0(source, source.examples)), source.labels)
 
   def metric(drawn):
-    agreed = judge.predict(_pixels(drawn.x)) == drawn.labels
-    return {'label_agreement': float(np.mean(agreed))}
+    made = _pixels(drawn.x)
+    finite = np.all(np.isfinite(made), axis=1)  # what is not agrees with nothing
+    agreed = judge.predict(np.where(finite[:, None], made, 0.0)) == drawn.labels
+    return {'label_agreement': float(np.mean(agreed & finite))}
 
   return metric
 

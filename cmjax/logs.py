@@ -24,13 +24,19 @@ def say(text: str) -> None:
 
 
 class RunLog:
-  """Scalars and pictures of one run; only `primary`, the first process, writes."""
+  """Scalars and pictures of one run; only `primary`, the first process, writes.
 
-  def __init__(self, workdir: str | Path, primary: bool):
+  Rows of `metrics.jsonl` after step `start`, and one cut by a kill, are dropped: those
+  steps are made again.
+  """
+
+  def __init__(self, workdir: str | Path, primary: bool, start: int):
     self._workdir = Path(workdir)
     self._primary = primary
     if primary:
-      self._lines = (self._workdir / 'metrics.jsonl').open('a', encoding='utf-8')
+      path = self._workdir / 'metrics.jsonl'
+      _keep_rows_until(path, start)
+      self._lines = path.open('a', encoding='utf-8')
       # Named to the nanosecond: a file of the same second would be overwritten.
       self._events = tensorboardX.SummaryWriter(
         str(self._workdir / 'tensorboard'), filename_suffix=f'.{time.time_ns()}'
@@ -57,6 +63,16 @@ class RunLog:
     if self._primary:
       self._lines.close()
       self._events.close()
+
+
+def _keep_rows_until(path: Path, step: int) -> None:
+  if not path.exists():
+    return
+  whole = [r for r in path.read_text(encoding='utf-8').splitlines() if r.endswith('}')]
+  new = path.with_suffix('.new')
+  kept = [row + '\n' for row in whole if json.loads(row)['step'] <= step]
+  new.write_text(''.join(kept), encoding='utf-8')
+  new.replace(path)
 
 
 class Progress:

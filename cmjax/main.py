@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 import json
+import math
 import os
 from pathlib import Path
 import sys
+from typing import Any
 
 from absl import flags
 import jax
@@ -39,7 +41,8 @@ def main() -> None:
   except (UserError, FloatingPointError) as error:
     sys.exit(_fail(str(error)))
   except KeyboardInterrupt:
-    sys.exit(_fail('stopped; the same command goes on from the last checkpoint'))
+    _fail('stopped; a training goes on from its last checkpoint by the same command')
+    sys.exit(130)
 
 
 def _fail(text: str) -> int:
@@ -78,7 +81,7 @@ def _parse(argv: Sequence[str]) -> None:
 def _one_line(error: Exception) -> str:
   text = error.args[0] if isinstance(error, KeyError) else str(error)
   text = ' '.join(str(text).split())[:400] or type(error).__name__
-  unknown_key = isinstance(error, (KeyError, AttributeError))
+  unknown_key = isinstance(error, (KeyError, AttributeError)) and text[0] in '"\''
   return f'--config: unknown key {text}' if unknown_key else text
 
 
@@ -103,9 +106,9 @@ def _train() -> None:
   configs.require(config)
   training.check_claim(workdir, config)
   run = runs.prepare(config)
+  hooks = {'picture': evaluate.log_pictures}
   if config.every.evaluate_steps:
-    evaluate.build_metrics(run)
-  hooks = {'picture': evaluate.log_pictures, 'evaluate': evaluate.log_table}
+    hooks['evaluate'] = evaluate.table_logger(evaluate.build_metrics(run))
   training.train(run, workdir, hooks)
   logs.say(f'done: {workdir}')
 
@@ -146,9 +149,18 @@ def _evaluate() -> None:
   path = _unused(_workdir() / f'evaluation_{opened.step:08d}', '.json')
   facts = {'data': opened.source.name, 'step': opened.step, 'rows': rows}
   facts['config'] = opened.config.to_dict()
-  path.write_text(json.dumps(facts, indent=2), encoding='utf-8')
+  path.write_text(json.dumps(_finite(facts), indent=2), encoding='utf-8')
   path.with_suffix('.md').write_text(text, encoding='utf-8')
   logs.say(f'{text}\n{path} and .md')
+
+
+def _finite(value: Any) -> Any:
+  """The same with null for every number that JSON does not have."""
+  if isinstance(value, dict):
+    return {key: _finite(item) for key, item in value.items()}
+  if isinstance(value, list):
+    return [_finite(item) for item in value]
+  return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _dry_run() -> None:

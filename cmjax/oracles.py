@@ -34,7 +34,7 @@ def points(data: np.ndarray) -> Mixture:
 
 
 def ring(modes: int = 6, radius: float = 0.7, std: float = 0.08) -> Mixture:
-  """Equal Gaussians on a circle in 2-D, standard deviation 0.5 (cmjax choice)."""
+  """Equal Gaussians on a circle, standard deviation 0.5 by default (cmjax choice)."""
   angle = 2 * np.pi * np.arange(modes) / modes
   means = radius * np.stack([np.cos(angle), np.sin(angle)], axis=1)
   return Mixture(np.full(modes, 1 / modes), means, np.full(modes, std))
@@ -88,7 +88,7 @@ def consistency(
   falls as steps^-4 (1e-10 for 512 steps from t = 10, widths near 0.3, float64).
   Differentiable in x and t, as continuous-time objectives need.
 
-  Source: Song et al. 2023, definition 1; the Gaussian's map by separation of variables.
+  Source: Song et al. 2023, section 3; the Gaussian's map by separation of variables.
   """
   if len(oracle.weights) == 1:
     mean, std = (jnp.asarray(v[0], x.dtype) for v in (oracle.means, oracle.stds))

@@ -19,6 +19,8 @@ class Pretrained(NamedTuple):
   params: Params
   config: configs.ConfigDict
   step: int
+  shape: tuple[int, ...]  # of one example
+  classes: int  # 0: unconditional
 
 
 def example_inputs(
@@ -70,7 +72,8 @@ def load(
       network, shape, meta['classes'], mesh or sharding.data_mesh()
     )
     name = weights or own.sample_weights
-    return Pretrained(f, checkpoint.read_weights(path, step, name, like), own, step)
+    params = checkpoint.read_weights(path, step, name, like)
+    return Pretrained(f, params, own, step, shape, meta['classes'])
 
   return checkpoint.newest(path, read, say)
 

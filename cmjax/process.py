@@ -47,6 +47,6 @@ def score_of(process: Process, x_t: Array, x0: Array, t: Array) -> Array:
 def velocity(process: Process, x_t: Array, x0: Array, t: Array) -> Array:
   """dx/dt f32[B, ...] of the probability-flow ODE from the posterior mean x0.
 
-  For VE this is (x_t - x0) / t. Source: Karras et al. 2022 (EDM), eqs. (1) and (3).
+  For VE it is (x_t - x0) / t: Karras et al. 2022 (EDM), eqs. (1) and (3).
   """
   return rate(process, x0, noise_of(process, x_t, x0, t), t)

@@ -68,8 +68,20 @@ def reopen(workdir: str | Path, config: configs.ConfigDict | None = None) -> Ope
   mesh = sharding.data_mesh()
   known = pretrained.load(workdir, config=config, mesh=mesh, say=logs.say)
   source = configs.build(known.config.data, 'config.data')
+  _check_fits(workdir, known, source)
   samplers = configs.build_each(known.config.samplers, 'config.samplers')
   return Opened(known.config, mesh, source, known.f, samplers, known.params, known.step)
+
+
+def _check_fits(
+  path: str | Path, known: pretrained.Pretrained, source: data.Source
+) -> None:
+  theirs, ours = (known.shape, known.classes), (source.shape, source.classes)
+  if theirs != ours:
+    raise UserError(
+      f'{path} was trained on examples of {theirs[0]} with {theirs[1]} classes, and '
+      f'config.data has {ours[0]} with {ours[1]}'
+    )
 
 
 def prepare(config: configs.ConfigDict, mesh: jax.sharding.Mesh | None = None) -> Run:
@@ -86,6 +98,8 @@ def prepare(config: configs.ConfigDict, mesh: jax.sharding.Mesh | None = None) -
   if config.grad_clip_norm > 0:
     tx = optax.chain(optax.clip_by_global_norm(config.grad_clip_norm), tx)
   ema_rates = configs.build_each(config.ema, 'config.ema', **given)
+  if checkpoint.ONLINE in ema_rates:
+    raise UserError(f'config.ema.{checkpoint.ONLINE}: is the name of the live weights')
   if config.sample_weights not in (checkpoint.ONLINE, *ema_rates):
     raise UserError(
       f'config.sample_weights: no weights {config.sample_weights!r}; there are '
@@ -96,16 +110,17 @@ def prepare(config: configs.ConfigDict, mesh: jax.sharding.Mesh | None = None) -
     target_rate = configs.build(config.target_rate, 'config.target_rate', **given)
 
   network, f = configs.build_model(config)
-  teacher, known = None, {}
+  source = configs.build(config.data, 'config.data')
+  teacher, teaching = None, {}
   if config.teacher:
     if not configs.takes(config.objective, 'teacher'):
       raise UserError(
         f'config.teacher: {config.objective.fn} takes none; leave it empty'
       )
-    opened = pretrained.load(config.teacher, mesh=mesh, say=logs.say)
-    teacher, known = opened.params, {'teacher': opened.f}
-  loss = configs.build(config.objective, 'config.objective', f=f, **known, **given)
-  source = configs.build(config.data, 'config.data')
+    known = pretrained.load(config.teacher, mesh=mesh, say=logs.say)
+    _check_fits(config.teacher, known, source)
+    teacher, teaching = known.params, {'teacher': known.f}
+  loss = configs.build(config.objective, 'config.objective', f=f, **teaching, **given)
   try:
     pretrained.abstract_params(network, source.shape, source.classes, mesh)
   except ValueError as error:

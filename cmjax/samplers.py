@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cmjax import solvers
 from cmjax.core import Array, Key, Model, Params
@@ -71,7 +72,7 @@ def multistep(*, times: Sequence[float], sigma_min: float = 0.0) -> Sampler:
 
 
 def one_step(*, sigma_max: float = 80.0) -> Sampler:
-  """f(sigma_max z, sigma_max): one evaluation. Source: Song et al. 2023, section 4."""
+  """f(sigma_max z, sigma_max): one evaluation. Source: Song et al. 2023, section 3."""
   return multistep(times=(sigma_max,))
 
 
@@ -87,18 +88,19 @@ def ode(
 
   `solver` is 'heun' (2 steps - 1 evaluations: 35 for 18) or 'euler' (as many as steps).
 
-  Raises: ValueError for another solver, or fewer than two steps.
+  Raises: ValueError for another solver, fewer than two steps, or a grid that is none.
 
   Source: Karras et al. 2022 (EDM), algorithm 1.
+  Differs: the state is float32; NVlabs/edm keeps float64.
   """
   if solver not in ('heun', 'euler') or steps < 2:
     raise ValueError(f"ode: needs solver 'heun' or 'euler', got {solver=}, {steps=}")
   advance = {'heun': solvers.heun, 'euler': solvers.euler}[solver]
+  grid = np.asarray(karras(steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho))
   evaluations = steps + (steps - 1 if solver == 'heun' else 0)
 
   def sampler(f, params, keys, cond, shape):
     flow = probability_flow(VE, lambda x, t: f(params, x, t, cond, key=None))
-    grid = karras(steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
 
     def step(x, pair):
       t, r = (jnp.full(len(x), level) for level in pair)

@@ -51,8 +51,12 @@ def half_life(
 
   With `rampup_ratio` the half-life is at most that share of the images seen so far.
 
+  Raises: ValueError unless the half-life is positive and the ratio not negative.
+
   Source: NVlabs/edm `training_loop.py` (half-life 500k images, ramp-up 0.05).
   """
+  if half_life_images <= 0 or rampup_ratio < 0:
+    raise ValueError(f'needs {half_life_images=} > 0 and {rampup_ratio=} >= 0')
 
   def schedule(step):
     life = jnp.full(jnp.shape(step), half_life_images, jnp.float32)
@@ -68,10 +72,14 @@ def power(*, relative_std: float) -> Schedule:
   """EMA rate (1 - 1/k)^(gamma + 1), k = step + 1: the power-function profile.
 
   Its memory is a fixed share of the run: `relative_std` is the profile's standard
-  deviation over the run's length. Valid below 0.28, where gamma is positive.
+  deviation over the run's length.
+
+  Raises: ValueError unless 0 < relative_std < 0.288, where gamma is positive.
 
   Source: Karras et al. 2024 (EDM2), section 3.1.
   """
+  if not 0 < relative_std < 12**-0.5:
+    raise ValueError(f'needs 0 < relative_std < 0.288, got {relative_std}')
   gamma = power_gamma(relative_std)
   return lambda step: (
     (1.0 - 1.0 / (jnp.asarray(step, jnp.float32) + 1.0)) ** (gamma + 1.0)
@@ -95,10 +103,14 @@ def shrinking_gap(
   By stages (`smooth=False`) the quotient is rounded down, as locuslab/ect does; smooth
   lets it shrink with every step (cmjax choice).
 
-  Source: Geng et al. 2024 (ECT), section 3.2, and locuslab/ect `loss.py`.
+  Raises: ValueError unless q > 1 and the stages have a length.
+
+  Source: Geng et al. 2024 (ECT); locuslab/ect `loss.py`.
   Differs: from the paper's a = floor(images / stage_images), whose first stage is
     plain diffusion training; as in the released code that stage is left out.
   """
+  if q <= 1 or stage_images <= 0:
+    raise ValueError(f'needs {q=} > 1 and {stage_images=} > 0')
 
   def schedule(step):
     step = jnp.asarray(step, jnp.float32)
@@ -116,8 +128,12 @@ def adaptive_bins(
 ) -> Schedule:
   """N(k), the number of points of the consistency-training grid, from start to end + 1.
 
+  Raises: ValueError unless 1 <= start <= end.
+
   Source: Song et al. 2023, appendix C, with s0 = start and s1 = end.
   """
+  if not 1 <= start <= end:
+    raise ValueError(f'needs 1 <= start <= end, got {start=}, {end=}')
 
   def schedule(step):
     share = jnp.asarray(step, jnp.float32) * batch_size / total_images

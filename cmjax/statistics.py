@@ -9,6 +9,8 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
   Features f[N, D] and f[M, D], any dtype, computed in float64. It is an FID only when
   the features are those of the 2015 Inception network.
 
+  Not a number where a feature is not.
+
   Raises: ValueError for fewer than two rows, or different D.
 
   Source: Dowson & Landau 1982; Heusel et al. 2017, eq. (6).
@@ -16,6 +18,8 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
   if min(len(a), len(b)) < 2 or a.shape[1:] != b.shape[1:] or a.ndim != 2:
     raise ValueError(f'needs f[N >= 2, D] twice, got shapes {a.shape} and {b.shape}')
   a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+  if not (np.all(np.isfinite(a)) and np.all(np.isfinite(b))):
+    return float('nan')
   cov_a, cov_b = np.atleast_2d(np.cov(a.T)), np.atleast_2d(np.cov(b.T))
   # tr (A B)^(1/2) is the sum of the singular values of A^(1/2) B^(1/2): no root of
   # rounding in the empty dimensions of few samples, and nothing complex.

@@ -27,11 +27,22 @@ def karras(
 ) -> Array:
   """Descending grid f32[n], from sigma_max to sigma_min exactly.
 
+  Raises: ValueError unless 0 < sigma_min < sigma_max and rho > 0.
+
   Source: Karras et al. 2022 (EDM), eq. (5).
   """
+  _check_grid(sigma_min, sigma_max, rho)
   index = jnp.arange(n, dtype=float)
   grid = karras_at(index, n, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
   return grid.at[0].set(sigma_max).at[-1].set(sigma_min)
+
+
+def _check_grid(sigma_min: float, sigma_max: float, rho: float) -> None:
+  if not 0 < sigma_min < sigma_max or rho <= 0:
+    raise ValueError(
+      f'needs 0 < sigma_min < sigma_max and rho > 0, got {sigma_min=}, {sigma_max=}, '
+      f'{rho=}'
+    )
 
 
 def lognormal(*, mean: float, std: float) -> Times:
@@ -39,10 +50,10 @@ def lognormal(*, mean: float, std: float) -> Times:
   return lambda key, n: jnp.exp(mean + std * jax.random.normal(key, (n,)))
 
 
-def ratio(t: Array, gap: Array, *, k: float = 8.0, b: float = 1.0) -> Array:
+def neighbour(t: Array, gap: Array, *, k: float = 8.0, b: float = 1.0) -> Array:
   """r = max(0, t (1 - n(t) gap)), n(t) = 1 + k sigmoid(-b t): f32[B] -> f32[B].
 
-  Source: Geng et al. 2024 (ECT), section 3.2, and locuslab/ect `loss.py`.
+  Source: Geng et al. 2024 (ECT); locuslab/ect `loss.py`.
   """
   return jnp.maximum(t * (1.0 - (1.0 + k * jax.nn.sigmoid(-b * t)) * gap), 0.0)
 
@@ -50,12 +61,12 @@ def ratio(t: Array, gap: Array, *, k: float = 8.0, b: float = 1.0) -> Array:
 def ect_pairs(*, times: Times, gap: Schedule, k: float = 8.0, b: float = 1.0) -> Pairs:
   """t from `times`, r at the relative gap of the step; r = 0 where the gap is wide.
 
-  Source: Geng et al. 2024 (ECT), section 3.2.
+  Source: Geng et al. 2024 (ECT); locuslab/ect `loss.py`.
   """
 
   def pairs(key, n, step):
     t = times(key, n)
-    return t, ratio(t, gap(step), k=k, b=b)
+    return t, neighbour(t, gap(step), k=k, b=b)
 
   return pairs
 
@@ -69,8 +80,11 @@ def karras_pairs(
 ) -> Pairs:
   """Uniformly drawn neighbours of a Karras grid of bins(step) points.
 
+  Raises: ValueError unless 0 < sigma_min < sigma_max and rho > 0.
+
   Source: Song et al. 2023, algorithms 2 and 3.
   """
+  _check_grid(sigma_min, sigma_max, rho)
 
   def pairs(key, n, step):
     points = bins(step)

@@ -1,6 +1,7 @@
 """The training step, the state, and the one loop: where all pieces are glued."""
 
 from collections.abc import Callable, Mapping
+import contextlib
 from pathlib import Path
 import time
 import zlib
@@ -136,12 +137,13 @@ def train(run: Run, workdir: str | Path, hooks: Mapping[str, Hook]) -> TrainStat
   checkpoints = checkpoint.Checkpoints(workdir, run.config.keep_checkpoints)
   state = state or checkpoints.restore(abstract_state(run), logs.say)
   logs.say(_opening(run, int(state.step)))
-  log = logs.RunLog(workdir, primary=jax.process_index() == 0)
-  try:
-    return _loop(run, state, checkpoints, log, hooks)
-  finally:
-    checkpoints.close()
-    log.close()
+  start = int(state.step)
+  with (
+    contextlib.closing(checkpoints),
+    contextlib.closing(logs.RunLog(workdir, jax.process_index() == 0, start)) as log,
+    contextlib.closing(logs.Progress(start, run.total_steps)) as progress,
+  ):
+    return _loop(run, state, checkpoints, log, progress, hooks)
 
 
 def _loop(
@@ -149,6 +151,7 @@ def _loop(
   state: TrainState,
   checkpoints: checkpoint.Checkpoints,
   log: logs.RunLog,
+  progress: logs.Progress,
   hooks: Mapping[str, Hook],
 ) -> TrainState:
   every, start, total = run.config.every, int(state.step), run.total_steps
@@ -157,8 +160,7 @@ def _loop(
     make_train_step(run.loss, run.tx, run.ema_rates, run.target_rate, run.config.seed),
     donate_argnums=0,
   )
-  progress, window = logs.Progress(start, total), _Window()
-  skipped, begun = 0, time.monotonic()
+  window, skipped, begun = _Window(), 0, time.monotonic()
   for step in range(start + 1, total + 1):
     state, metrics = step_fn(state, frozen, batch(run, step - 1))
     window.add(metrics)
@@ -174,17 +176,18 @@ def _loop(
       log.scalars(step, means | {'skipped_steps': skipped} | _scheduled(run, step - 1))
       progress.report(step, {key: means[key] for key in _SHOWN if key in means})
       _stop_if_lost(run, skipped, step)
-    if last or step % every.checkpoint_steps == 0:
-      checkpoints.save(state, run.meta())
     for name, hook in hooks.items():
       often = every[f'{name}_steps']
       if often and (last or step % often == 0):
         hook(run, weights(state, run.config.sample_weights), step, log)
         window.restart_clock()
-  progress.close()
+    # After the hooks: a run that is killed in its last one has a step left to do.
+    if last or step % every.checkpoint_steps == 0:
+      checkpoints.save(state, run.meta())
   return state
 
 
+_AHEAD = 8  # steps that may be dispatched before they are done
 _SHOWN = ('loss', 'grad_norm', 'images_per_s')
 
 
@@ -198,6 +201,8 @@ class _Window:
   def add(self, metrics: dict[str, Array]) -> None:
     self._rows.append(metrics)
     self._timed += 1
+    if len(self._rows) > _AHEAD:  # or batches pile up on the devices
+      jax.block_until_ready(self._rows[-_AHEAD])
 
   def restart_clock(self) -> None:
     """Leaves what was not training out of images_per_s."""
@@ -245,8 +250,8 @@ def _stop_if_lost(run: Run, skipped: int, step: int) -> None:
   if skipped > run.config.max_skipped_steps:
     raise FloatingPointError(
       f'{skipped} steps had a loss, gradient or update that is not finite, the last by '
-      f'step {step}; nothing of them was kept. Lower the learning rate, or set '
-      'config.grad_clip_norm'
+      f'step {step}; nothing of them was kept. Go on from here in a new --workdir by '
+      '--config.init_from, with a lower learning rate or a config.grad_clip_norm'
     )
 
 
@@ -268,8 +273,17 @@ def check_claim(workdir: str | Path, config: configs.ConfigDict) -> None:
   path = Path(workdir) / 'config.json'
   if not path.exists():
     return
-  old = configs.from_json(path.read_text(encoding='utf-8'))
-  changed = [d for d in configs.differences(old, config) if _matters(d)]
+  try:
+    old = configs.from_json(path.read_text(encoding='utf-8'))
+  except ValueError as error:
+    raise UserError(
+      f'{path}: cannot be read ({error}); use another --workdir'
+    ) from error
+  changed = [
+    f'{key}: {change}'
+    for key, change in configs.differences(old, config).items()
+    if not key.startswith(_MAY_CHANGE)
+  ]
   if changed:
     raise UserError(
       f'{workdir} holds a run with another config ({"; ".join(changed[:3])}); '
@@ -277,15 +291,26 @@ def check_claim(workdir: str | Path, config: configs.ConfigDict) -> None:
     )
 
 
-def _matters(difference: str) -> bool:
-  looks = ('every', 'keep_checkpoints', 'samplers', 'metrics', 'evaluation')
-  return difference.removeprefix('config.').partition(':')[0].split('.')[0] not in looks
+# What may change while a run goes on: it does not touch what is trained.
+_MAY_CHANGE = (
+  'config.every.',
+  'config.keep_checkpoints',
+  'config.max_skipped_steps',
+  'config.samplers.',
+  'config.sample_weights',
+  'config.metrics.',
+  'config.evaluation.',
+  'config.data.data_dir',
+  'config.data.path',
+)
 
 
 def _write_config(workdir: Path, config: configs.ConfigDict) -> None:
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / 'config.json').write_text(configs.to_json(config), encoding='utf-8')
+    new = workdir / 'config.json.new'
+    new.write_text(configs.to_json(config), encoding='utf-8')
+    new.replace(workdir / 'config.json')  # at once: a kill leaves the one or the other
   except OSError as error:
     raise UserError(f'--workdir: cannot write {workdir} ({error.strerror})') from error
 
@@ -321,9 +346,7 @@ def first_state(run: Run) -> TrainState:
     return create()
   like = run.abstract_params()
   params, theirs = pretrained.load_weights(run.config.init_from, like, logs.say)
-  changed = configs.differences(theirs.precond, run.config.precond)
-  if changed:
-    logs.say(
-      f'init_from was trained with another preconditioning: {"; ".join(changed)}'
-    )
+  for key, change in configs.differences(theirs, run.config).items():
+    if key == 'config.precond.sigma_data':
+      logs.say(f'note: {key} is not that of init_from: {change}')
   return jax.jit(lambda params: _state_of(run, params), out_shardings=place)(params)

@@ -13,7 +13,7 @@ def base() -> ConfigDict:
       batch_size=256,  # over all devices
       total_images=0,  # length of the run; steps = total_images / batch_size
       grad_clip_norm=0.0,  # global norm; 0 is off
-      max_skipped_steps=100,  # steps with a loss or gradient that is not finite
+      max_skipped_steps=100,  # steps that are not finite, in one start, before it stops
       init_from='',  # work directory or checkpoint whose weights to start from
       teacher='',  # the same, for objectives that distil a teacher
       sample_weights='online',  # or the name of an EMA
@@ -94,8 +94,13 @@ def ddpmpp(dropout: float) -> dict:
 
 
 def edm_precond() -> dict:
-  """EDM preconditioning, which ECT keeps; sigma_min = 0 makes f a denoiser."""
-  return dict(fn='cmjax.precond:consistency', sigma_data=0.5, sigma_min=0.0)
+  """EDM's denoiser."""
+  return dict(fn='cmjax.precond:edm', sigma_data=0.5)
+
+
+def consistency_precond(sigma_min: float) -> dict:
+  """A consistency function with its boundary at sigma_min; 0 in ECT's training."""
+  return dict(fn='cmjax.precond:consistency', sigma_data=0.5, sigma_min=sigma_min)
 
 
 def lognormal(mean: float, std: float) -> dict:
@@ -125,7 +130,7 @@ def ect(q: float, stage_images: int, smooth: bool = False) -> dict:
   )
 
 
-def ct(start: int, end: int) -> dict:
+def ct(start: int, end: int, c: float) -> dict:
   """Consistency training on a growing Karras grid, with iCT's metric and weighting."""
   return dict(
     fn='cmjax.objectives.discrete:ct',
@@ -136,7 +141,7 @@ def ct(start: int, end: int) -> dict:
       sigma_max=80.0,
       rho=7.0,
     ),
-    distance=pseudo_huber(0.03),
+    distance=pseudo_huber(c),
     weighting=dict(fn='cmjax.distances:inverse_gap'),
   )
 
@@ -207,9 +212,9 @@ def one_step() -> dict:
   return dict(fn='cmjax.samplers:one_step', sigma_max=80.0)
 
 
-def two_steps() -> dict:
+def two_steps(sigma_min: float = 0.0) -> dict:
   """Two evaluations; 0.821 is the middle time of iCT and ECT for CIFAR-10."""
-  return dict(fn='cmjax.samplers:multistep', times=(80.0, 0.821), sigma_min=0.0)
+  return dict(fn='cmjax.samplers:multistep', times=(80.0, 0.821), sigma_min=sigma_min)
 
 
 def pixel_metrics() -> dict:

@@ -3,9 +3,9 @@
 Command:   cmjax --config=configs/toy2d.py --workdir=runs/toy2d
 Hardware:  two CPU cores, about two minutes
 Source:    Song et al. 2023, algorithm 3, with N(k) and mu(k) of appendix C;
-           data, network, metric and length are cmjax choices
+           data, network, metric, weighting and length are cmjax choices
 Expected:  nothing published
-Measured:  see README.md
+Measured:  not yet
 """
 
 import parts
@@ -17,13 +17,13 @@ def get_config():
   c.total_images = 5_000 * 512
   c.data = dict(fn='cmjax.data:points', oracle=parts.ring(), samples=50_000, seed=0)
   c.network = parts.toy_network()
-  c.precond = dict(fn='cmjax.precond:consistency', sigma_data=0.5, sigma_min=0.002)
-  c.objective = parts.ct(start=2, end=150)
+  c.precond = parts.consistency_precond(0.002)
+  c.objective = parts.ct(start=2, end=150, c=0.03)
   c.optimizer = parts.adam(parts.cosine(1e-3))
   c.target_rate = parts.adaptive_target_rate(0.9, start=2, end=150)
   c.ema = dict(slow=parts.constant(0.998))
   c.sample_weights = 'slow'
-  c.samplers = dict(one_step=parts.one_step(), two_steps=parts.two_steps())
+  c.samplers = dict(one_step=parts.one_step(), two_steps=parts.two_steps(0.002))
   c.metrics = parts.pixel_metrics()
   c.evaluation.pictured = 2_000
   c.every.picture_steps = 1_000

@@ -225,17 +225,19 @@ def test_what_must_be_given_is_named_wherever_it_is(config):
     assert told == f'config.{key}: must be given, as in --config.{key}=VALUE'
 
 
-def test_differences_are_told_a_line_a_key(config):
-  assert configs.differences(config, config.copy_and_resolve_references()) == []
+def test_differences_are_told_by_key(config):
+  assert configs.differences(config, config.copy_and_resolve_references()) == {}
   other = changed(config, 'batch_size', 7)
   other = changed(other, 'network.width', ...)
   other.ema.fast = dict(fn=LEAF, value=0.9)
-  assert configs.differences(config, other) == [
-    f'config.batch_size: {config.batch_size} -> 7',
-    f'config.ema.fast.fn: absent -> {LEAF}',
-    'config.ema.fast.value: absent -> 0.9',
-    f'config.network.width: {config.network.width} -> absent',
-  ]
+  assert configs.differences(config, other) == {
+    'config.batch_size': f'{config.batch_size} -> 7',
+    'config.ema.fast.fn': f'absent -> {LEAF}',
+    'config.ema.fast.value': 'absent -> 0.9',
+    'config.network.width': f'{config.network.width} -> absent',
+  }
+  other = changed(config, 'network.sizes', [1, 2])
+  assert configs.differences(other, changed(config, 'network.sizes', (1, 2))) == {}
 
 
 @pytest.mark.parametrize('name', ['edm_digits', 'ect_cifar10', 'toy2d'])
@@ -243,7 +245,7 @@ def test_json_and_back_is_the_same_config(name):
   config = configs.load(ROOT / 'configs' / f'{name}.py')
   again = configs.from_json(configs.to_json(config))
   assert again == config
-  assert configs.differences(config, again) == []
+  assert configs.differences(config, again) == {}
   assert configs.checked(again) is again
 
 

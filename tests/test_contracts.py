@@ -238,6 +238,12 @@ def test_network_uses_noise_level_and_label_and_keeps_examples_apart(network):
     assert rows == [False, False, True, False]
 
 
+def test_network_with_labels_refuses_to_go_without(network):
+  _, apply, params, (x, c_noise, _) = network
+  with pytest.raises(ValueError, match='trained with labels'):
+    apply(params, x, c_noise, None)
+
+
 def test_network_computes_in_its_dtype_and_keeps_float32_parameters(network):
   build, apply, params, arguments = network
   assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(params))

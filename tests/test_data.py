@@ -14,9 +14,7 @@ from cmjax import data, oracles
 from cmjax.core import UserError
 from tests.conftest import ROOT
 
-TFDS_COPY = os.environ.get(data.DATA_DIR_VARIABLE) or str(
-  ROOT.parent / 'shared' / 'data' / 'tfds'
-)
+TFDS_COPY = os.environ.get(data.DATA_DIR_VARIABLE, '')
 
 
 def source(n=10, conditional=True, flip=False, seed=0):

@@ -68,7 +68,7 @@ def test_the_table_counts_evaluations_of_every_sampler(one_device):
 
 
 def drawn(x, labels):
-  return evaluate.Drawn(x, labels, 1, 0.0)
+  return evaluate.Drawn(x, labels, 1)
 
 
 def test_real_digits_are_close_to_themselves_and_noise_is_not():

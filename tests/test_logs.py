@@ -121,7 +121,7 @@ def test_the_parameter_table_names_shapes_and_the_total():
 
 @pytest.fixture
 def log(tmp_path):
-  log = logs.RunLog(tmp_path, primary=True)
+  log = logs.RunLog(tmp_path, primary=True, start=10**6)
   yield log
   log.close()
 
@@ -145,10 +145,20 @@ def test_every_line_of_the_metrics_is_json_and_there_at_once(log, tmp_path):
 def test_a_log_that_is_opened_again_goes_on(log, tmp_path):
   log.scalars(1, {'loss': 1.0})
   log.close()
-  again = logs.RunLog(tmp_path, primary=True)
+  again = logs.RunLog(tmp_path, primary=True, start=10**6)
   again.scalars(2, {'loss': 2.0})
   again.close()
   assert [(row['step'], row['loss']) for row in lines(tmp_path)] == [(1, 1.0), (2, 2.0)]
+
+
+def test_rows_of_steps_that_are_made_again_are_dropped_and_a_cut_one_too(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "lo')
+  log = logs.RunLog(tmp_path, primary=True, start=2)
+  log.scalars(3, {'loss': 1.0})
+  log.close()
+  assert [row['step'] for row in lines(tmp_path)] == [1, 2, 3]
+  assert [p.name for p in tmp_path.glob('metrics*')] == ['metrics.jsonl']
 
 
 def events(workdir):
@@ -174,7 +184,7 @@ def test_tensorboard_reads_the_scalars_and_the_pictures(log, tmp_path):
 
 
 def test_only_the_first_process_writes(tmp_path):
-  log = logs.RunLog(tmp_path, primary=False)
+  log = logs.RunLog(tmp_path, primary=False, start=0)
   log.scalars(1, {'loss': 1.0})
   log.picture(1, 'heun', noise(2, 2, 3))
   log.close()
@@ -222,7 +232,7 @@ def test_progress_is_a_bar_on_a_terminal(capsys, monkeypatch):
 
 def test_events_of_the_same_second_are_all_kept(tmp_path):
   for step in (1, 2):
-    log = logs.RunLog(tmp_path, primary=True)
+    log = logs.RunLog(tmp_path, primary=True, start=10**6)
     log.scalars(step, {'loss': float(step)})
     log.close()
   assert [(e.step, e.value) for e in events(tmp_path).Scalars('loss')] == [

@@ -284,7 +284,7 @@ def test_an_evaluation_is_a_table_of_those_samples_beside_earlier_ones(answers, 
   config = json.loads((place / 'TRAINED' / 'config.json').read_text())
   assert found['config'] == config
   arrays = np.load(place / 'SAMPLED' / 'samples' / 'step_00000003_2' / 'heun.npz')
-  drawn = evaluate.Drawn(arrays['images'], arrays['labels'], 35, 0.0)
+  drawn = evaluate.Drawn(arrays['images'], arrays['labels'], 35)
   expected = evaluate.pixel_frechet(data.digits())(drawn)['pixel_frechet']
   # The same samples in float64 statistics; BLAS may sum in another order.
   assert row['pixel_frechet'] == pytest.approx(expected, rel=1e-6)

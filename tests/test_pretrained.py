@@ -72,7 +72,7 @@ def test_a_run_opens_with_the_weights_it_samples_from(saved, one_device):
   np.testing.assert_array_equal(outputs(found.f, found.params), expected)
   assert not np.array_equal(expected, outputs(run.f, states[9].params))
   assert found.step == 9
-  assert configs.differences(found.config, run.config) == []
+  assert configs.differences(found.config, run.config) == {}
 
 
 def test_online_weights_can_be_asked_for(saved, one_device):
@@ -105,6 +105,7 @@ def test_weights_lie_on_every_device_unless_a_mesh_is_given(saved, one_device):
 def test_another_config_builds_another_model_of_the_same_weights(saved, one_device):
   _, workdir, states = saved
   config = small_config()
+  config.precond.fn = 'cmjax.precond:consistency'
   config.precond.sigma_min = 0.01
   found = pretrained.load(workdir, config=config, mesh=one_device)
   # At its sigma_min a model is the identity; the run's own lies at 0.

@@ -245,3 +245,24 @@ def test_adaptive_bins_are_whole_and_never_fall():
   np.testing.assert_array_equal(bins, np.round(bins))
   assert np.all(np.diff(bins) >= 0)
   assert (bins[0], bins[-1]) == (2, 151)
+
+
+@pytest.mark.parametrize(
+  ('schedule', 'values'),
+  [
+    (schedules.shrinking_gap, dict(q=1.0, stage_images=10)),
+    (schedules.shrinking_gap, dict(q=2.0, stage_images=0)),
+    (schedules.half_life, dict(half_life_images=0)),
+    (schedules.half_life, dict(half_life_images=10, rampup_ratio=-0.1)),
+    (schedules.adaptive_bins, dict(start=3, end=2, total_images=10)),
+  ],
+)
+def test_values_that_would_train_nothing_are_refused(schedule, values):
+  with pytest.raises(ValueError, match='needs'):
+    schedule(**values, batch_size=1)
+
+
+@pytest.mark.parametrize('relative_std', [0.0, 0.29, 0.4])
+def test_power_profiles_that_do_not_exist_are_refused(relative_std):
+  with pytest.raises(ValueError, match='relative_std'):
+    schedules.power(relative_std=relative_std)

@@ -87,3 +87,9 @@ def test_distance_computes_in_float64_whatever_the_features_are(dtype):
 def test_distance_refuses_shapes_it_cannot_compare(a, b):
   with pytest.raises(ValueError, match='shapes'):
     statistics.frechet_distance(np.zeros(a), np.zeros(b))
+
+
+def test_distance_of_what_is_not_a_number_is_not_a_number():
+  a, b = features(10, 3), features(10, 3, seed=1)
+  b[2, 1] = np.nan
+  assert np.isnan(statistics.frechet_distance(a, b))

@@ -123,7 +123,7 @@ def ect_gap(q, stage):
 def test_ratio_has_the_tabulated_values(q, t):
   at = jnp.full(1, t)
   found = [
-    float(times.ratio(at, ect_gap(q, stage))[0]) / t
+    float(times.neighbour(at, ect_gap(q, stage))[0]) / t
     for stage in range(len(ECT_TABLE[q, t]))
   ]
   np.testing.assert_allclose(found, ECT_TABLE[q, t], atol=5.1e-4)  # three digits
@@ -137,7 +137,7 @@ def test_share_of_clean_targets_is_the_lognormal_cdf(q, mean, std, shares, x64):
   n = 20_000  # quantiles of t: the share is exact to 1 / n
   t = np.exp(mean + std * stats.norm.ppf((np.arange(n) + 0.5) / n))
   found = [
-    np.mean(times.ratio(jnp.asarray(t), ect_gap(q, stage)) == 0)
+    np.mean(times.neighbour(jnp.asarray(t), ect_gap(q, stage)) == 0)
     for stage in range(len(shares))
   ]
   np.testing.assert_allclose(found, shares, atol=5e-4 + 1 / n)
@@ -146,7 +146,7 @@ def test_share_of_clean_targets_is_the_lognormal_cdf(q, mean, std, shares, x64):
 @pytest.mark.parametrize('gap', [0.5, 0.1, 1 / 256])
 def test_ratio_stays_between_zero_and_t(gap):
   t = jnp.asarray(np.geomspace(1e-4, 300, 200), jnp.float32)
-  r = times.ratio(t, jnp.float32(gap))
+  r = times.neighbour(t, jnp.float32(gap))
   assert np.all(r >= 0)
   assert np.all(r < t)
   assert np.all(np.diff(r) >= 0)
@@ -154,7 +154,7 @@ def test_ratio_stays_between_zero_and_t(gap):
 
 def test_ratio_without_shape_is_a_constant_quotient():
   t = jnp.array([0.01, 1.0, 80.0])
-  found = times.ratio(t, jnp.float32(0.25), k=0.0)
+  found = times.neighbour(t, jnp.float32(0.25), k=0.0)
   np.testing.assert_allclose(found, 0.75 * np.asarray(t), rtol=1e-6)
 
 
@@ -168,3 +168,14 @@ def test_ect_pairs_map_their_own_times_at_the_gap_of_the_step():
     shape = 1 + 4 / (1 + np.exp(np.asarray(t, float)))
     expected = np.maximum(t * (1 - shape * relative_gap), 0)
     np.testing.assert_allclose(r, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+  'grid',
+  [dict(sigma_min=0.0), dict(sigma_min=2.0, sigma_max=1.0), dict(rho=0.0)],
+)
+def test_grids_that_are_none_are_refused(grid):
+  with pytest.raises(ValueError, match='sigma_min < sigma_max'):
+    times.karras(4, **grid)
+  with pytest.raises(ValueError, match='sigma_min < sigma_max'):
+    times.karras_pairs(bins=schedules.constant(value=4.0), **grid)

@@ -195,15 +195,15 @@ def test_a_folder_with_another_config_is_refused(tmp_path, one_device):
   train.train(runs.prepare(small(), one_device), tmp_path, {})
   with pytest.raises(core.UserError, match=r'config\.seed: 0 -> 1'):
     train.train(runs.prepare(small(seed=1), one_device), tmp_path, {})
-  more_often = small(every__log_steps=3)  # changes nothing of the result
+  more_often = small(every__log_steps=3, evaluation__samples=7)  # trains the same
   train.train(runs.prepare(more_often, one_device), tmp_path, {})
 
 
-CIFAR10 = os.environ.get(data.DATA_DIR_VARIABLE, ROOT.parent / 'shared/data/tfds')
+CIFAR10 = os.environ.get(data.DATA_DIR_VARIABLE, '')
 
 
 @pytest.mark.skipif(
-  not (Path(CIFAR10) / 'cifar10').is_dir(),
+  not CIFAR10 or not (Path(CIFAR10) / 'cifar10').is_dir(),
   reason=f'no CIFAR-10 prepared by TFDS; set {data.DATA_DIR_VARIABLE}',
 )
 def test_ect_on_narrowed_cifar10_learns_a_fixed_batch(one_device):
@@ -231,6 +231,23 @@ def test_ect_on_narrowed_cifar10_learns_a_fixed_batch(one_device):
     assert np.isfinite(metrics['loss'])
     assert metrics['skipped'] == 0
   assert on_fixed_batch(state.params) < 0.98 * before
+
+
+def test_a_config_cut_by_a_full_disk_is_one_line(tmp_path):
+  (tmp_path / 'config.json').write_text('{"seed": ')
+  with pytest.raises(core.UserError, match=r'config\.json: cannot be read'):
+    train.check_claim(tmp_path, small())
+
+
+@pytest.mark.parametrize('network', ['mlp', 'other labels'])
+def test_a_teacher_of_other_data_is_refused(network, tmp_path, one_device):
+  labels = dict(data__conditional=False) if network == 'mlp' else {}
+  train.train(runs.prepare(small(**labels), one_device), tmp_path / 'teacher', {})
+  opened = runs.reopen(tmp_path / 'teacher')
+  assert opened.source.classes == (0 if network == 'mlp' else 10)
+  other = small(data__conditional=network == 'mlp')
+  with pytest.raises(core.UserError, match='classes'):
+    runs.reopen(tmp_path / 'teacher', other)
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_kept(tmp_path, one_device, capsys):

@@ -38,6 +38,12 @@ def check(*, dropout: float, dtype: str, **sizes: int) -> None:
     raise ValueError(f'dtype must be one of {", ".join(DTYPES)}, got {dtype!r}')
 
 
+def refuse_missing_labels(module: nn.Module, cond: Array | None) -> None:
+  """Raises ValueError where parameters for labels exist, and no labels are given."""
+  if cond is None and module.has_variable('params', 'map_label'):
+    raise ValueError('this network was trained with labels, and none are given')
+
+
 def positional_embedding(c_noise: Array, channels: int) -> Array:
   """Sinusoids of the noise level, never below float32: f32[B] -> f32[B, channels].
 

@@ -19,6 +19,7 @@ class _Mlp(nn.Module):
 
   @nn.compact
   def __call__(self, x, c_noise, cond, deterministic):
+    layers.refuse_missing_labels(self, cond)
     emb = layers.positional_embedding(self.noise_scale * c_noise, self.embedding)
     if cond is not None:
       emb += nn.Dense(self.embedding, name='map_label')(cond)
@@ -75,9 +76,6 @@ def mlp(
 
   Source: cmjax choice; adaptive normalisation after Peebles & Xie 2023, section 3.2.
   """
-  layers.check(width=width, blocks=blocks, dropout=dropout, dtype=dtype)
-  if embedding < 4 or embedding % 2:
-    raise ValueError(f'embedding must be even and at least 4, got {embedding}')
   layers.check(width=width, blocks=blocks, dropout=dropout, dtype=dtype)
   if embedding < 4 or embedding % 2:
     raise ValueError(f'embedding must be even and at least 4, got {embedding}')

@@ -128,6 +128,7 @@ class _SongUNet(nn.Module):
     return conv(f'{name}_aux_conv', nn.silu(x), out_channels, scale=1e-5)
 
   def _embed(self, c_noise, cond):
+    layers.refuse_missing_labels(self, cond)
     emb = layers.positional_embedding(c_noise, self.channels)
     if cond is not None:
       scaled = cond * cond.shape[-1] ** 0.5

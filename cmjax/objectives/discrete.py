@@ -99,10 +99,11 @@ def ect(
 ) -> Loss:
   """Easy Consistency Tuning: from diffusion to consistency by shrinking r(t, step).
 
-  Both points share data and noise; the target is the stop-gradient of the online
-  network. `gap` is the relative gap by step, k and b shape it by t (`times.ratio`).
+  Both points share data and noise. The target is `nets.target`: in the paper, and here
+  unless the run has a `target_rate`, the stop-gradient of the online network. `gap` is
+  the relative gap by step; k and b shape it by t (`times.neighbour`).
 
-  Source: Geng et al. 2024 (ECT), section 3; locuslab/ect `loss.py`.
+  Source: Geng et al. 2024 (ECT); locuslab/ect `loss.py`.
   Differs: a zero distance has a zero gradient there, not NaN cleaned afterwards.
   """
   pairs = ect_pairs(times=times, gap=gap, k=k, b=b)
