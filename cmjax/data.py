@@ -157,7 +157,7 @@ def tfds(
   features = builder.info.features
   if 'image' not in features:
     raise UserError(f'config.data: {name!r} has no image; it has {", ".join(features)}')
-  label = features['label'] if 'label' in features else None
+  label = dict(features.items()).get('label')
   if conditional and not hasattr(label, 'num_classes'):
     raise UserError(
       f'config.data: {name!r} has no class label, and the model is conditional; '
