@@ -138,7 +138,7 @@ def scatter(samples: np.ndarray, data: np.ndarray) -> np.ndarray:
   axes.plot(*data.T, '.', color='0.8', markersize=2, label='data')
   axes.plot(*samples.T, '.', color='C0', markersize=2, label='samples')
   axes.set_aspect('equal')
-  axes.legend(loc='upper right')
+  axes.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=2, markerscale=5)
   return _rendered(figure)
 
 
