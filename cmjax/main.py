@@ -53,7 +53,7 @@ def _fail(text: str) -> int:
 def _help() -> int:
   print('cmjax --config=FILE --workdir=DIR [--mode=MODE] [--config.KEY=VALUE ...]')
   for flag in (flags.FLAGS[holder.name] for holder in (_CONFIG, _WORKDIR, _MODE)):
-    print(f'  --{flag.name}: {flag.help} {getattr(flag.parser, "enum_values", "")}')
+    print(f'  --{flag.name}: {flag.help}')
   return 0
 
 
