@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import jax
 import orbax.checkpoint as ocp
 
-from cmjax.core import Params, TrainState, UserError, first_line
+from cmjax.core import Params, TrainState, UserError, first_line, unused
 
 T = TypeVar('T')
 
@@ -87,9 +87,7 @@ class Checkpoints:
     )
 
   def _set_aside(self, step: int) -> Path:
-    aside, number = self._folder / f'{step}.damaged', 2
-    while aside.exists():
-      aside, number = self._folder / f'{step}.damaged_{number}', number + 1
+    aside = unused(self._folder / f'{step}.damaged')
     (self._folder / str(step)).rename(aside)
     self._manager.reload()  # it remembers the steps it has seen
     return aside

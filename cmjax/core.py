@@ -1,6 +1,7 @@
 """The vocabulary every other module speaks: values, protocols and key streams."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 import zlib
 
@@ -107,6 +108,14 @@ def streams(root: Key, step: Array | int) -> dict[str, Key]:
 def first_line(error: Exception) -> str:
   """What an error says, in one line of at most 160 characters."""
   return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
+def unused(path: Path, suffix: str = '') -> Path:
+  """The path itself, or with the first number that no file or folder has yet."""
+  candidate, number = path.with_name(path.name + suffix), 2
+  while candidate.exists():
+    candidate, number = path.with_name(f'{path.name}_{number}{suffix}'), number + 1
+  return candidate
 
 
 def expand(t: Array, x: Array) -> Array:

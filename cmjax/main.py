@@ -16,7 +16,7 @@ from cmjax import config as configs
 from cmjax import data, evaluate, logs
 from cmjax import run as runs
 from cmjax import train as training
-from cmjax.core import UserError
+from cmjax.core import UserError, unused
 
 _CONFIG = configs.define_flag('config')
 _WORKDIR = flags.DEFINE_string(
@@ -119,7 +119,7 @@ def _reopened() -> runs.Opened:
 
 def _sample() -> None:
   opened = _reopened()
-  folder = _unused(_workdir() / 'samples' / f'step_{opened.step:08d}')
+  folder = unused(_workdir() / 'samples' / f'step_{opened.step:08d}')
   wanted = opened.config.evaluation
   real = data.as_x0(opened.source, opened.source.examples[: wanted.pictured])
   panels = {opened.source.name: evaluate.picture(opened.source, real)}
@@ -146,7 +146,7 @@ def _evaluate() -> None:
     f'weights {opened.config.sample_weights}, '
     f'seed {opened.config.evaluation.seed}\n\n{logs.markdown_table(rows)}\n'
   )
-  path = _unused(_workdir() / f'evaluation_{opened.step:08d}', '.json')
+  path = unused(_workdir() / f'evaluation_{opened.step:08d}', '.json')
   facts = {'data': opened.source.name, 'step': opened.step, 'rows': rows}
   facts['config'] = opened.config.to_dict()
   path.write_text(json.dumps(_finite(facts), indent=2), encoding='utf-8')
@@ -180,14 +180,6 @@ def _dry_run() -> None:
     f'{run.source.shape}; {last:,} steps of {config.batch_size} on {run.mesh.size} '
     f'{jax.devices()[0].platform} device(s)'
   )
-
-
-def _unused(path: Path, suffix: str = '') -> Path:
-  """The path itself, or with the first number that no file or folder has yet."""
-  candidate, number = path.with_name(path.name + suffix), 2
-  while candidate.exists():
-    candidate, number = path.with_name(f'{path.name}_{number}{suffix}'), number + 1
-  return candidate
 
 
 if __name__ == '__main__':

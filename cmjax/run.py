@@ -8,7 +8,15 @@ import optax
 
 from cmjax import checkpoint, data, logs, pretrained, sharding
 from cmjax import config as configs
-from cmjax.core import Loss, Model, Network, Params, Schedule, UserError
+from cmjax.core import (
+  Loss,
+  Model,
+  Network,
+  Params,
+  Schedule,
+  UserError,
+  first_line,
+)
 from cmjax.samplers import Sampler
 
 
@@ -124,7 +132,7 @@ def prepare(config: configs.ConfigDict, mesh: jax.sharding.Mesh | None = None) -
   try:
     pretrained.abstract_params(network, source.shape, source.classes, mesh)
   except ValueError as error:
-    raise UserError(f'config.network: {str(error).splitlines()[0]}') from error
+    raise UserError(f'config.network: {first_line(error)}') from error
   return Run(
     config=config,
     mesh=mesh,

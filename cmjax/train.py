@@ -136,8 +136,8 @@ def train(run: Run, workdir: str | Path, hooks: Mapping[str, Hook]) -> TrainStat
   _write_config(workdir, run.config)
   checkpoints = checkpoint.Checkpoints(workdir, run.config.keep_checkpoints)
   state = state or checkpoints.restore(abstract_state(run), logs.say)
-  logs.say(_opening(run, int(state.step)))
   start = int(state.step)
+  logs.say(_opening(run, start))
   with (
     contextlib.closing(checkpoints),
     contextlib.closing(logs.RunLog(workdir, jax.process_index() == 0, start)) as log,
@@ -291,7 +291,7 @@ def check_claim(workdir: str | Path, config: configs.ConfigDict) -> None:
     )
 
 
-# What may change while a run goes on: it does not touch what is trained.
+# What may change while a run goes on: how it is looked at, and where its data lies.
 _MAY_CHANGE = (
   'config.every.',
   'config.keep_checkpoints',
@@ -346,7 +346,7 @@ def first_state(run: Run) -> TrainState:
     return create()
   like = run.abstract_params()
   params, theirs = pretrained.load_weights(run.config.init_from, like, logs.say)
-  for key, change in configs.differences(theirs, run.config).items():
-    if key == 'config.precond.sigma_data':
-      logs.say(f'note: {key} is not that of init_from: {change}')
+  key, changed = 'config.precond.sigma_data', configs.differences(theirs, run.config)
+  if key in changed:
+    logs.say(f'note: {key} is not that of init_from: {changed[key]}')
   return jax.jit(lambda params: _state_of(run, params), out_shardings=place)(params)

@@ -273,11 +273,12 @@ def test_kill_9_at_a_random_moment_ends_in_the_same_bits(tmp_path, one_device):
   ]  # fmt: skip
   environment = os.environ | {'XLA_FLAGS': '', 'PYTHONPATH': str(ROOT)}
   process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE)
-  while not process.stdout.readline().startswith(b'compiled'):
+  reached = b'step %d/' % (6 * random.randint(1, 20))  # of 200, a line each 6
+  while not process.stdout.readline().startswith(reached):
     assert process.poll() is None
-  time.sleep(random.uniform(0, 1))
+  time.sleep(random.uniform(0, 0.1))  # also in the middle of a save
   process.send_signal(signal.SIGKILL)
-  process.wait()
+  assert process.wait() == -signal.SIGKILL
   resumed = subprocess.run(command, env=environment, capture_output=True, check=True)
   assert b'damaged' not in resumed.stdout
 
