@@ -239,17 +239,6 @@ def test_a_config_cut_by_a_full_disk_is_one_line(tmp_path):
     train.check_claim(tmp_path, small())
 
 
-@pytest.mark.parametrize('network', ['mlp', 'other labels'])
-def test_a_teacher_of_other_data_is_refused(network, tmp_path, one_device):
-  labels = dict(data__conditional=False) if network == 'mlp' else {}
-  train.train(runs.prepare(small(**labels), one_device), tmp_path / 'teacher', {})
-  opened = runs.reopen(tmp_path / 'teacher')
-  assert opened.source.classes == (0 if network == 'mlp' else 10)
-  other = small(data__conditional=network == 'mlp')
-  with pytest.raises(core.UserError, match='classes'):
-    runs.reopen(tmp_path / 'teacher', other)
-
-
 def test_a_damaged_checkpoint_is_passed_over_and_kept(tmp_path, one_device, capsys):
   run = runs.prepare(small(), one_device)
   straight = train.train(run, tmp_path, {})

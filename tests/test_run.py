@@ -1,0 +1,93 @@
+"""What a config and its data, devices, teacher and checkpoint must agree on."""
+
+import jax
+import numpy as np
+import pytest
+
+from cmjax import core, train
+from cmjax import run as runs
+from tests.test_train import small
+
+PAIRS = dict(
+  fn='cmjax.times:karras_pairs', bins=dict(fn='cmjax.schedules:constant', value=18.0)
+)
+METRIC = dict(
+  distance=dict(fn='cmjax.distances:pseudo_huber', c=0.01),
+  weighting=dict(fn='cmjax.distances:uniform'),
+)
+OTHER_LABELS = r'classes, and config\.data has'
+DISTILL = dict(fn='cmjax.objectives.discrete:cd', pairs=PAIRS, **METRIC)
+
+
+@pytest.fixture(scope='module')
+def taught(tmp_path_factory, one_device):
+  """Runs of a few steps, with labels and without."""
+  place = tmp_path_factory.mktemp('taught')
+  for name, conditional in (('labels', True), ('none', False)):
+    run = runs.prepare(small(data__conditional=conditional), one_device)
+    train.train(run, place / name, {})
+  return place
+
+
+def distilling(teacher, **changes):
+  return small(objective=DISTILL, teacher=str(teacher), **changes)
+
+
+def test_a_teacher_reaches_the_objective_as_an_argument(taught, one_device):
+  run = runs.prepare(distilling(taught / 'labels'), one_device)
+  step = jax.jit(
+    train.make_train_step(run.loss, run.tx, run.ema_rates, run.target_rate, seed=0)
+  )
+
+  def first_loss(teacher):
+    frozen = core.Frozen(teacher=teacher)
+    _, metrics = step(train.first_state(run), frozen, train.batch(run, 0))
+    assert metrics['skipped'] == 0
+    return float(metrics['loss'])
+
+  other = jax.tree.map(lambda a: a + 0.3, run.teacher)
+  assert first_loss(run.teacher) == first_loss(run.teacher)
+  assert first_loss(run.teacher) != first_loss(other)
+  weights = runs.reopen(taught / 'labels').params
+  jax.tree.map(np.testing.assert_array_equal, weights, run.teacher)
+
+
+def test_an_objective_that_distils_asks_for_a_teacher():
+  with pytest.raises(core.UserError, match=r'cd needs a teacher; .*--config\.teacher'):
+    runs.prepare(small(objective=DISTILL, batch_size=8))
+
+
+def test_an_objective_without_a_teacher_takes_none(taught, one_device):
+  with pytest.raises(core.UserError, match=r'config\.teacher: .*:edm takes none'):
+    runs.prepare(small(teacher=str(taught / 'labels')), one_device)
+
+
+@pytest.mark.parametrize(('theirs', 'ours'), [('labels', False), ('none', True)])
+def test_other_labels_than_a_network_was_trained_with_are_refused(
+  theirs, ours, taught, one_device
+):
+  opened = runs.reopen(taught / theirs)  # by its own config it opens
+  assert opened.source.classes == (10 if theirs == 'labels' else 0)
+  with pytest.raises(core.UserError, match=OTHER_LABELS):
+    runs.reopen(taught / theirs, small(data__conditional=ours))
+  with pytest.raises(core.UserError, match=OTHER_LABELS):
+    runs.prepare(distilling(taught / theirs, data__conditional=ours), one_device)
+
+
+def test_images_a_network_cannot_halve_are_refused_with_its_name(one_device):
+  network = dict(
+    fn='cmjax.networks.songunet:songunet', channels=8, channel_mult=(1,) * 5
+  )
+  config = small()
+  with config.unlocked():
+    config.network = network
+  with pytest.raises(core.UserError, match=r'config\.network: needs images .* of 16'):
+    runs.prepare(config, one_device)
+
+
+def test_an_average_may_not_be_called_as_the_live_weights(one_device):
+  config = small()
+  with config.unlocked():
+    config.ema = dict(online=dict(fn='cmjax.schedules:constant', value=0.9))
+  with pytest.raises(core.UserError, match=r'config\.ema\.online'):
+    runs.prepare(config, one_device)
