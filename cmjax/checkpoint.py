@@ -128,8 +128,12 @@ def newest(
   raise UserError(f'{path}: no whole checkpoint; is it the --workdir of a run?')
 
 
-def read_weights(path: str | Path, step: int, name: str, like: Params) -> Params:
+def read_weights(
+  path: str | Path, step: int, name: str, like: Params, may_lack: str = ''
+) -> Params:
   """One set of weights, `online` or the name of an EMA, in the shapes of `like`.
+
+  The entry `may_lack` is left out of the result where the checkpoint has none.
 
   Raises: UserError if the checkpoint has no such weights, or those of another network,
     naming the first parameter that differs; whatever orbax raises if it is damaged.
@@ -148,6 +152,8 @@ def read_weights(path: str | Path, step: int, name: str, like: Params) -> Params
     ) as manager,
   ):
     found = manager.item_metadata(step)[item]
+  if may_lack and may_lack not in found.tree:
+    like = {key: value for key, value in like.items() if key != may_lack}
   _same_network(path, found.tree, like)
   return _read(folder, step, **{item: ocp.args.StandardRestore(_abstract(like))})[item]
 

@@ -41,9 +41,11 @@ SCHEMA = {
   'objective': 'part',
   'optimizer': 'part',
   'target_rate': 'part or empty',
+  'reference': 'part or empty',
   'ema': 'parts',
   'samplers': 'parts',
   'metrics': 'parts',
+  'studies': 'parts',
   'evaluation': {'samples': int, 'batch_size': int, 'seed': int, 'pictured': int},
   'every': {
     'log_steps': int,
@@ -79,11 +81,12 @@ def define_flag(name: str) -> Any:
 
 
 def load(path: str | Path) -> ConfigDict:
-  """The resolved config of a config file, checked.
+  """The resolved config of `FILE` or `FILE:ARGUMENT`, checked.
 
-  Raises: UserError if there is no such file, or a key is unknown, missing or of the
-    wrong type.
+  Raises: UserError if there is no such file, it does not take the argument, or a key
+    is unknown, missing or of the wrong type.
   """
+  path, _, argument = str(path).partition(':')
   path = Path(path)
   if not path.is_file():
     raise UserError(f'config: no file {path}; see configs/ for those that ship')
@@ -91,7 +94,11 @@ def load(path: str | Path) -> ConfigDict:
   spec = importlib.util.spec_from_file_location(f'config_{path.stem}', path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
-  return checked(module.get_config())
+  try:
+    config = module.get_config(*([argument] if argument else []))
+  except ValueError as error:
+    raise UserError(f'--config={path}:{argument}: {error}') from error
+  return checked(config)
 
 
 def allow_imports_beside(path: str | Path) -> None:
@@ -187,11 +194,15 @@ def _hint(key: str, known: Any) -> str:
 def require(config: ConfigDict) -> None:
   """Refuses a config with a value that must be given and is not.
 
-  Raises: UserError naming the key.
+  Raises: UserError naming the keys; a `teacher` alone is enough where it is asked for.
   """
-  for path, value in _leaves(config, 'config'):
-    if isinstance(value, str) and value == REQUIRED:
-      raise UserError(f'{path}: must be given, as in --{path}=VALUE')
+  missing = [path for path, value in _leaves(config, 'config') if value == REQUIRED]
+  if 'config.teacher' in missing and 'config.init_from' in missing:
+    missing.remove('config.init_from')  # follows the teacher
+  if missing:
+    raise UserError(
+      f'{", ".join(missing)}: must be given, as in --{missing[0]}=VALUE'
+    )
 
 
 def _leaves(config: Any, where: str) -> Iterator[tuple[str, Any]]:
@@ -237,7 +248,7 @@ def build(spec: ConfigDict, where: str, **given: Any) -> Any:
     if isinstance(value, ConfigDict):
       _check_part(value, f'{where}.{key}')
       value = build(value, f'{where}.{key}', **given)
-    elif typing.get_origin(kind) is Callable:
+    elif _is_function(kind):
       raise UserError(
         f"{where}.{key}: needs fn='package.module:function', got {value!r}"
       )
@@ -259,6 +270,13 @@ def build(spec: ConfigDict, where: str, **given: Any) -> Any:
     raise  # it names its key already
   except (ValueError, TypeError) as error:
     raise UserError(f'{where}: {error}') from error
+
+
+def _is_function(kind: Any) -> bool:
+  """Whether an annotation stands for a function, which a config must name."""
+  return typing.get_origin(kind) is Callable or '__call__' in getattr(
+    kind, '__dict__', {}
+  )
 
 
 def takes(spec: ConfigDict, name: str) -> bool:

@@ -25,17 +25,22 @@ class Batch(NamedTuple):
   """Examples as the objectives see them."""
 
   x0: Array  # f32[B, ...] data; images in [-1, 1]
-  cond: Array | None  # f32[B, K] one-hot label
+  cond: Array | None  # f32[B, K] one-hot label, or zeros where it is dropped
+  index: Array | None = None  # i32[B] which examples of the source these are
 
 
 class Nets(NamedTuple):
   """The parameters an objective may use; only `online` is differentiated."""
 
   online: Params
-  target: Params = None
+  target: Params = None  # None: the stop-gradient of `online`
   teacher: Params = None
   perceptual: Params = None
   reference: Params = None
+
+  def fixed(self) -> Params:
+    """theta^-: the target network's, or the stop-gradient of `online`."""
+    return jax.lax.stop_gradient(self.online if self.target is None else self.target)
 
 
 class Frozen(NamedTuple):
@@ -64,10 +69,18 @@ class TrainState(NamedTuple):
 
 
 class Network(NamedTuple):
-  """A raw network F as two pure functions."""
+  """A raw network F as pure functions.
+
+  c_noise is f32[B], or f32[B, clocks] for a network that is told several times.
+  """
 
   init: Callable[..., Params]  # (key, x, c_noise, cond) -> params
   apply: Callable[..., Array]  # (params, x, c_noise, cond, *, key=None) -> F
+  clocks: int = 1
+  log_weight: Callable[..., Array] | None = None  # (params, c_noise) -> f32[B], learned
+
+
+LOG_WEIGHT = 'log_weight'  # the parameters of a network's learned weighting
 
 
 class Model(Protocol):
@@ -94,7 +107,7 @@ class Loss(Protocol):
     """Draws times and noise from `keys`, and returns one loss an example."""
 
 
-STREAMS = ('time', 'noise', 'dropout')
+STREAMS = ('time', 'noise', 'dropout', 'label')
 
 
 def streams(root: Key, step: Array | int) -> dict[str, Key]:
@@ -116,6 +129,21 @@ def unused(path: Path, suffix: str = '') -> Path:
   while candidate.exists():
     candidate, number = path.with_name(f'{path.name}_{number}{suffix}'), number + 1
   return candidate
+
+
+def drop_labels(cond: Array | None, key: Key, share: float) -> Array | None:
+  """One-hot labels f32[B, K], zeros in that share of the rows: no label.
+
+  Raises: ValueError for a share above zero without labels.
+
+  Source: Ho & Salimans 2022 (classifier-free guidance), algorithm 1.
+  """
+  if share == 0:
+    return cond
+  if cond is None:
+    raise ValueError(f'label_dropout={share} needs labels; the data has none')
+  kept = jax.random.bernoulli(key, 1.0 - share, (len(cond), 1))
+  return jnp.where(kept, cond, 0.0)
 
 
 def expand(t: Array, x: Array) -> Array:

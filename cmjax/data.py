@@ -16,6 +16,7 @@ import tensorflow_datasets
 
 from cmjax import oracles
 from cmjax.core import Batch, UserError, first_line
+from cmjax.fields import Reference
 
 IMAGE_SUFFIXES = {'.png', '.jpg', '.jpeg', '.bmp', '.webp'}
 DATA_DIR_VARIABLE = 'CMJAX_DATA_DIR'
@@ -63,7 +64,41 @@ def batch_at(
     rows = np.arange(process * share, (process + 1) * share)
     mirrored = bits.integers(2, size=batch_size)[rows].astype(bool)
     x0[mirrored] = x0[mirrored, :, ::-1]
-  return Batch(x0, None if source.labels is None else one_hot(source, index))
+  cond = None if source.labels is None else one_hot(source, index)
+  return Batch(x0, cond, index.astype(np.int32))
+
+
+def reference(source: Source, *, per_class: int = 0, seed: int = 0) -> Reference:
+  """The examples as stored, in one bucket a class, for `fields.stable_denoiser`.
+
+  Without labels there is one bucket. `per_class` examples of each are kept, drawn by
+  `seed`; 0 keeps all.
+
+  Raises: ValueError if `per_class` is negative.
+  """
+  if per_class < 0:
+    raise ValueError(f'reference: needs {per_class=} >= 0')
+  labels = np.zeros(len(source.examples), int)
+  if source.labels is not None:
+    labels = source.labels
+  order = np.random.Generator(np.random.Philox(key=[seed, 2**33])).permutation
+  members = []
+  for label in range(max(source.classes, 1)):
+    there = np.flatnonzero(labels == label)
+    members.append(order(there)[:per_class] if per_class else there)
+  size = max(map(len, members))
+  examples = np.zeros((len(members), size, *source.shape), source.examples.dtype)
+  slots = np.full(len(labels), -1, np.int32)
+  for bucket, there in zip(examples, members):
+    bucket[: len(there)] = source.examples[there]
+    slots[there] = np.arange(len(there))
+  return Reference(
+    examples=examples,
+    counts=np.array([len(there) for there in members], np.int32),
+    slots=slots,
+    offset=np.float32(source.offset),
+    scale=np.float32(source.scale),
+  )
 
 
 def as_x0(source: Source, stored: np.ndarray) -> np.ndarray:

@@ -4,13 +4,25 @@ Every distance sums over all features of an example; none averages.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from cmjax.core import Array, sum_features
 
-Distance = Callable[[Array, Array], Array]
 Weighting = Callable[[Array, Array], Array]
+
+
+class Distance(NamedTuple):
+  """d(a, b), and how it grows near a = b."""
+
+  measure: Callable[[Array, Array], Array]  # f32[B, ...] twice -> f32[B]
+  degree: int  # 2: twice differentiable at a = b; 1: a norm of a - b
+
+  def __call__(self, a: Array, b: Array) -> Array:
+    """f32[B, ...] twice -> f32[B]."""
+    return self.measure(a, b)
 
 
 def squared_l2() -> Distance:
@@ -18,17 +30,17 @@ def squared_l2() -> Distance:
 
   Differs: Song et al. 2023 print the sum; their code takes the mean over features.
   """
-  return lambda a, b: sum_features((a - b) ** 2)
+  return Distance(lambda a, b: sum_features((a - b) ** 2), degree=2)
 
 
 def l1() -> Distance:
   """d(a, b) = |a - b|_1: f32[B, ...] twice -> f32[B]; zero gradient where a = b."""
 
-  def distance(a, b):
+  def measure(a, b):
     d = a - b
     return sum_features(jnp.where(d == 0, 0.0, jnp.abs(d)))  # jax has abs'(0) = 1
 
-  return distance
+  return Distance(measure, degree=1)
 
 
 def pseudo_huber(*, c: float = 0.0) -> Distance:
@@ -36,16 +48,39 @@ def pseudo_huber(*, c: float = 0.0) -> Distance:
 
   c = 0 is the unsquared l2 norm of ECT; its gradient at a = b is zero, not NaN.
 
+  Raises: ValueError if c is negative.
+
   Source: Song & Dhariwal 2023 (iCT), where c = 0.00054 sqrt(features).
   """
+  if c < 0:
+    raise ValueError(f'pseudo_huber: c must not be negative, got {c}')
 
-  def distance(a, b):
+  def measure(a, b):
     squared = sum_features((a - b) ** 2)
     positive = squared + c**2 > 0  # both branches of `where` are differentiated
     root = jnp.sqrt(jnp.where(positive, squared + c**2, 1.0))
     return squared / jnp.where(positive, root + c, 1.0)  # exactly zero at a = b
 
-  return distance
+  return Distance(measure, degree=2 if c > 0 else 1)
+
+
+def limit_cotangent(distance: Distance, y: Array, defect: Array) -> Array:
+  """The gradient of the distance for an infinitely small defect, per its length.
+
+  For a distance of degree 2 it is G(y) defect, where G is the matrix of second
+  derivatives of d(., y) at y: one Hessian-vector product. For a norm it is the norm's
+  gradient at the defect, bounded however small that is: for l2 the unit vector, which
+  is how ECT's metric becomes sCM's tangent normalisation. All f32[B, ...].
+
+  Source: Song et al. 2023, theorems 5 and 6 (G); norms: cmjax.
+  """
+
+  def gradient(a, b):
+    return jax.grad(lambda a: jnp.sum(distance(a, b)))(a)
+
+  if distance.degree == 2:
+    return jax.jvp(lambda a: gradient(a, y), (y,), (defect,))[1]
+  return gradient(defect, jnp.zeros_like(defect))
 
 
 def uniform() -> Weighting:
@@ -73,3 +108,13 @@ def edm_weighting(*, sigma_data: float = 0.5) -> Weighting:
   Source: Karras et al. 2022 (EDM), table 1.
   """
   return lambda t, r: 1.0 / t**2 + 1.0 / sigma_data**2
+
+
+def truncated_snr() -> Weighting:
+  """w(t, r) = max(1 / t^2, 1). Source: Salimans & Ho 2022, section 4."""
+  return lambda t, r: jnp.maximum(1.0 / t**2, 1.0)
+
+
+def inverse_time() -> Weighting:
+  """w(t, r) = 1 / t: with it Theorem 6 is MeanFlow's gradient at r = 0."""
+  return lambda t, r: 1.0 / t

@@ -1,6 +1,6 @@
 """Scalars, pictures, tables and progress: the only door for clu and TensorBoard."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import json
 import math
 from pathlib import Path
@@ -139,6 +139,20 @@ def scatter(samples: np.ndarray, data: np.ndarray) -> np.ndarray:
   axes.plot(*samples.T, '.', color='C0', markersize=2, label='samples')
   axes.set_aspect('equal')
   axes.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=2, markerscale=5)
+  return _rendered(figure)
+
+
+def curves(rows: list[dict[str, float]], x: str, ys: Sequence[str]) -> np.ndarray:
+  """Columns of a table against one of them, both axes logarithmic -> uint8[H, W, 3]."""
+  figure = figures.Figure(figsize=(6, 4), dpi=120, layout='constrained')
+  axes = figure.add_subplot()
+  for y in ys:
+    axes.plot([row[x] for row in rows], [row[y] for row in rows], '.-', label=y)
+  axes.set_xscale('symlog' if any(row[x] == 0 for row in rows) else 'log')
+  axes.set_yscale('log')
+  axes.set_xlabel(x)
+  axes.grid(alpha=0.3)
+  axes.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=len(ys), frameon=False)
   return _rendered(figure)
 
 

@@ -23,7 +23,10 @@ _WORKDIR = flags.DEFINE_string(
   'workdir', '', 'Folder of the run: made, or gone on with.'
 )
 _MODE = flags.DEFINE_enum(
-  'mode', 'train', ['train', 'sample', 'evaluate', 'dry_run'], 'What to do.'
+  'mode',
+  'train',
+  ['train', 'sample', 'evaluate', 'study', 'dry_run'],
+  'What to do.',
 )
 
 
@@ -33,6 +36,7 @@ def main() -> None:
     'train': _train,
     'sample': _sample,
     'evaluate': _evaluate,
+    'study': _study,
     'dry_run': _dry_run,
   }
   try:
@@ -80,6 +84,8 @@ def _parse(argv: Sequence[str]) -> None:
 
 def _one_line(error: Exception) -> str:
   text = error.args[0] if isinstance(error, KeyError) else str(error)
+  if 'Traceback' in str(text):  # what a config raised is in its last line
+    text = str(text).strip().splitlines()[-1]
   text = ' '.join(str(text).split())[:400] or type(error).__name__
   unknown_key = isinstance(error, (KeyError, AttributeError)) and text[0] in '"\''
   return f'--config: unknown key {text}' if unknown_key else text
@@ -87,7 +93,7 @@ def _one_line(error: Exception) -> str:
 
 def _config() -> configs.ConfigDict:
   if _CONFIG.value is None:
-    raise UserError('give --config=FILE, such as configs/ect_digits.py')
+    raise UserError('give --config=FILE, such as configs/ect.py:digits')
   return configs.checked(_CONFIG.value)
 
 
@@ -152,6 +158,31 @@ def _evaluate() -> None:
   path.write_text(json.dumps(_finite(facts), indent=2), encoding='utf-8')
   path.with_suffix('.md').write_text(text, encoding='utf-8')
   logs.say(f'{text}\n{path} and .md')
+
+
+def _study() -> None:
+  opened = _reopened()
+  if not opened.config.studies:
+    raise UserError('config.studies is empty; configs/parts.py:studies() has some')
+  folder = unused(_workdir() / 'studies' / f'step_{opened.step:08d}')
+  subject = runs.subject_of(opened)
+  pages, found = [f'# {opened.source.name}, step {opened.step:,}'], {}
+  for name in opened.config.studies:
+    logs.say(f'{name} ...')
+    part = opened.config.studies[name]
+    study = configs.build(part, f'config.studies.{name}', subject=subject)
+    logs.write_png(folder / f'{name}.png', logs.curves(study.rows, study.x, study.ys))
+    rows = [{k: f'{v:.3g}' for k, v in row.items()} for row in study.rows]
+    pages.append(f'## {study.title}\n\n{logs.markdown_table(rows)}\n\n![]({name}.png)')
+    found[name] = study.rows
+  text = '\n\n'.join(pages) + '\n'
+  (folder / 'study.md').write_text(text, encoding='utf-8')
+  facts = {'data': opened.source.name, 'step': opened.step, 'studies': found}
+  facts['config'] = opened.config.to_dict()
+  (folder / 'study.json').write_text(
+    json.dumps(_finite(facts), indent=2), encoding='utf-8'
+  )
+  logs.say(f'{text}\n{folder}/study.md, study.json and a picture a table')
 
 
 def _finite(value: Any) -> Any:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from cmjax import checkpoint, sharding
 from cmjax import config as configs
-from cmjax.core import Model, Network, Params
+from cmjax.core import LOG_WEIGHT, Model, Network, Params
 
 
 class Pretrained(NamedTuple):
@@ -24,12 +24,13 @@ class Pretrained(NamedTuple):
 
 
 def example_inputs(
-  shape: tuple[int, ...], classes: int
+  shape: tuple[int, ...], classes: int, clocks: int
 ) -> tuple[jax.ShapeDtypeStruct | None, ...]:
   """Abstract x, c_noise and cond of a batch of one, as `Network.init` takes them."""
   struct = jax.ShapeDtypeStruct
   cond = struct((1, classes), jnp.float32) if classes else None
-  return struct((1, *shape), jnp.float32), struct((1,), jnp.float32), cond
+  c_noise = struct((1,) if clocks == 1 else (1, clocks), jnp.float32)
+  return struct((1, *shape), jnp.float32), c_noise, cond
 
 
 def abstract_params(
@@ -37,7 +38,7 @@ def abstract_params(
 ) -> Params:
   """Shapes, dtypes and places of a network's parameters, without computing any."""
   everywhere = sharding.replicated(mesh)
-  inputs = example_inputs(shape, classes)
+  inputs = example_inputs(shape, classes, network.clocks)
   return jax.tree.map(
     lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere),
     jax.eval_shape(network.init, jax.random.key(0), *inputs),
@@ -83,11 +84,19 @@ def load_weights(
 ) -> tuple[Params, configs.ConfigDict]:
   """The weights a run samples from, in the shapes and places of `like`; its config.
 
+  A learned weighting that only `like` has starts at zero.
+
   Raises: UserError if there is no checkpoint, or it is of another network.
   """
 
   def read(step, meta):
     own = configs.from_json(meta['config'])
-    return checkpoint.read_weights(path, step, own.sample_weights, like), own
+    known = checkpoint.read_weights(path, step, own.sample_weights, like, LOG_WEIGHT)
+    fresh = {name: _zeros(like[name]) for name in like if name not in known}
+    return known | fresh, own
 
   return checkpoint.newest(path, read, say)
+
+
+def _zeros(like: jax.ShapeDtypeStruct) -> jax.Array:
+  return jax.device_put(jnp.zeros(like.shape, like.dtype), like.sharding)

@@ -10,14 +10,37 @@ from cmjax.core import Array, expand
 
 
 class Process(NamedTuple):
-  """The two coefficients of a Gaussian process, each f32[B] -> f32[B]."""
+  """A Gaussian process: two coefficients, and the time of a noise level.
+
+  All are f32[B] -> f32[B]; `time_of` inverts t -> sigma(t) / alpha(t).
+  """
 
   alpha: Callable[[Array], Array]
   sigma: Callable[[Array], Array]
+  time_of: Callable[[Array], Array]
 
 
 # Variance exploding, x_t = x0 + t z: EDM (Karras et al. 2022), sigma(t) = t, s(t) = 1.
-VE = Process(alpha=jnp.ones_like, sigma=lambda t: t)
+VE = Process(alpha=jnp.ones_like, sigma=lambda t: t, time_of=lambda level: level)
+
+# Flow matching, x_t = (1 - t) x0 + t z, t in [0, 1] (Lipman et al. 2023).
+LINEAR = Process(
+  alpha=lambda t: 1.0 - t,
+  sigma=lambda t: t,
+  time_of=lambda level: level / (1.0 + level),
+)
+
+
+def trigflow(sigma_data: float = 0.5) -> Process:
+  """x_t = cos t x0 + sigma_data sin t z, t in [0, pi / 2].
+
+  Source: Lu & Song 2024 (sCM), section 3.1, whose z has deviation sigma_data.
+  """
+  return Process(
+    alpha=jnp.cos,
+    sigma=lambda t: sigma_data * jnp.sin(t),
+    time_of=lambda level: jnp.arctan(level / sigma_data),
+  )
 
 
 def point(process: Process, x0: Array, z: Array, t: Array) -> Array:
@@ -28,6 +51,19 @@ def point(process: Process, x0: Array, z: Array, t: Array) -> Array:
 def rate(process: Process, x0: Array, z: Array, t: Array) -> Array:
   """dx_t/dt f32[B, ...] at fixed data and noise: exact, by `jax.jvp`."""
   return jax.jvp(lambda t: point(process, x0, z, t), (t,), (jnp.ones_like(t),))[1]
+
+
+def change_clock(
+  source: Process, to: Process, x: Array, t: Array
+) -> tuple[Array, Array]:
+  """The same data and noise on another process, at the same signal-to-noise ratio.
+
+  x f32[B, ...] at t f32[B] of `source` -> x' and t' of `to`; alpha(t) must not be zero.
+
+  Source: Karras et al. 2022 (EDM), section 2; Kingma et al. 2021 (VDM), section 5.1.
+  """
+  there = to.time_of(source.sigma(t) / source.alpha(t))
+  return expand(to.alpha(there) / source.alpha(t), x) * x, there
 
 
 def noise_of(process: Process, x_t: Array, x0: Array, t: Array) -> Array:
@@ -50,3 +86,29 @@ def velocity(process: Process, x_t: Array, x0: Array, t: Array) -> Array:
   For VE it is (x_t - x0) / t: Karras et al. 2022 (EDM), eqs. (1) and (3).
   """
   return rate(process, x0, noise_of(process, x_t, x0, t), t)
+
+
+def data_of_noise(process: Process, x_t: Array, z: Array, t: Array) -> Array:
+  """x0 from x_t and z, all f32[B, ...]; alpha(t) must not be zero."""
+  return (x_t - expand(process.sigma(t), z) * z) / expand(process.alpha(t), z)
+
+
+def data_of_score(process: Process, x_t: Array, score: Array, t: Array) -> Array:
+  """E[x0 | x_t] from the score, all f32[B, ...]; alpha(t) must not be zero.
+
+  Source: Tweedie's formula (Efron 2011).
+  """
+  return data_of_noise(process, x_t, -expand(process.sigma(t), score) * score, t)
+
+
+def data_of_velocity(process: Process, x_t: Array, v: Array, t: Array) -> Array:
+  """E[x0 | x_t] from dx/dt of the ODE, all f32[B, ...].
+
+  x_t and v are two linear equations in x0 and z; they are independent at every t of the
+  three processes here, the ends included.
+  """
+  ones = jnp.ones_like(t)
+  alpha, alpha_rate = jax.jvp(process.alpha, (t,), (ones,))
+  sigma, sigma_rate = jax.jvp(process.sigma, (t,), (ones,))
+  determinant = alpha * sigma_rate - alpha_rate * sigma
+  return expand(sigma_rate / determinant, v) * x_t - expand(sigma / determinant, v) * v

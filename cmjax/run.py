@@ -1,21 +1,28 @@
 """A config checked against its functions, data and devices, before any compute."""
 
+import copy
+import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
-from cmjax import checkpoint, data, logs, pretrained, sharding
+from cmjax import checkpoint, data, logs, pretrained, sharding, studies
 from cmjax import config as configs
 from cmjax.core import (
+  Frozen,
   Loss,
   Model,
+  Nets,
   Network,
   Params,
   Schedule,
   UserError,
   first_line,
+  streams,
 )
 from cmjax.samplers import Sampler
 
@@ -34,7 +41,7 @@ class Run(NamedTuple):
   target_rate: Schedule | None
   samplers: dict[str, Sampler]
   schedules: dict[str, Schedule]  # every schedule of the config, by dotted path
-  teacher: Params
+  frozen: Frozen
 
   @property
   def total_steps(self) -> int:
@@ -119,21 +126,8 @@ def prepare(config: configs.ConfigDict, mesh: jax.sharding.Mesh | None = None) -
 
   network, f = configs.build_model(config)
   source = configs.build(config.data, 'config.data')
-  teacher, teaching = None, {}
-  if config.teacher:
-    if not configs.takes(config.objective, 'teacher'):
-      raise UserError(
-        f'config.teacher: {config.objective.fn} takes none; leave it empty'
-      )
-    known = pretrained.load(config.teacher, mesh=mesh, say=logs.say)
-    _check_fits(config.teacher, known, source)
-    teacher, teaching = known.params, {'teacher': known.f}
-  loss = configs.build(config.objective, 'config.objective', f=f, **teaching, **given)
-  try:
-    pretrained.abstract_params(network, source.shape, source.classes, mesh)
-  except ValueError as error:
-    raise UserError(f'config.network: {first_line(error)}') from error
-  return Run(
+  loss, frozen, _ = _objective(config, mesh, source, f)
+  run = Run(
     config=config,
     mesh=mesh,
     source=source,
@@ -145,5 +139,100 @@ def prepare(config: configs.ConfigDict, mesh: jax.sharding.Mesh | None = None) -
     target_rate=target_rate,
     samplers=samplers,
     schedules=configs.schedules(config, **given),
-    teacher=teacher,
+    frozen=frozen,
   )
+  _try_abstractly(run)
+  return run
+
+
+def _objective(
+  config: configs.ConfigDict, mesh: jax.sharding.Mesh, source: data.Source, f: Model
+) -> tuple[Loss, Frozen, Model | None]:
+  """The objective, what it reads and never changes, and its teacher's model."""
+  teacher, teaching = None, {}
+  if config.teacher:
+    if not configs.takes(config.objective, 'teacher'):
+      raise UserError(
+        f'config.teacher: {config.objective.fn} takes none; leave it empty'
+      )
+    teacher = pretrained.load(config.teacher, mesh=mesh, say=logs.say)
+    _check_fits(config.teacher, teacher, source)
+    _check_guidance(config, teacher)
+    teaching = {'teacher': teacher.f}
+  reference = None
+  if configs.is_part(config.reference):
+    reference = configs.build(config.reference, 'config.reference', source=source)
+    reference = sharding.place(reference, sharding.replicated(mesh))
+  given = {'batch_size': config.batch_size, 'total_images': config.total_images}
+  loss = configs.build(config.objective, 'config.objective', f=f, **teaching, **given)
+  frozen = Frozen(teacher=teacher and teacher.params, reference=reference)
+  return loss, frozen, teacher and teacher.f
+
+
+def _check_guidance(config: configs.ConfigDict, teacher: pretrained.Pretrained) -> None:
+  guided = 'guidance' in config.objective and config.objective.guidance != 1
+  objective = teacher.config.objective
+  if guided and not ('label_dropout' in objective and objective.label_dropout > 0):
+    raise UserError(
+      f'config.objective.guidance: {config.teacher} never went without a label; train '
+      'it with config.objective.label_dropout, such as 0.1'
+    )
+
+
+def subject_of(opened: Opened) -> studies.Subject:
+  """A trained model with its data, its objective and its teacher, to be studied.
+
+  Raises: UserError if its teacher is no longer where it was.
+  """
+  config, source, mesh = opened.config, opened.source, opened.mesh
+  loss, frozen, teacher = _objective(config, mesh, source, opened.f)
+  target = opened.params if configs.is_part(config.target_rate) else None
+  everything = np.arange(len(source.examples))
+
+  def in_dtype(dtype):
+    other = copy.deepcopy(config)
+    other.network.dtype = dtype
+    return configs.build_model(other)[1]
+
+  return studies.Subject(
+    f=opened.f,
+    nets=Nets(opened.params, target, **frozen._asdict()),
+    x0=jnp.asarray(data.as_x0(source, source.examples)),
+    cond=None if source.labels is None else data.one_hot(source, everything),
+    batch=lambda step: data.batch_at(source, config.seed, step, config.batch_size),
+    loss=loss,
+    teacher=teacher,
+    in_dtype=in_dtype if 'dtype' in config.network else None,
+  )
+
+
+def _drawn(sampler, f, shape, params, keys, cond):
+  return sampler(f, params, keys, cond, shape).x
+
+
+def _try_abstractly(run: Run) -> None:
+  """Traces what will be compiled later, so that what cannot work is told now.
+
+  Raises: UserError naming the part.
+  """
+  try:
+    params = run.abstract_params()
+  except ValueError as error:
+    raise UserError(f'config.network: {first_line(error)}') from error
+  target = params if run.target_rate else None
+  nets = Nets(params, target, **run.frozen._asdict())
+  batch = data.batch_at(run.source, 0, 0, run.config.batch_size)
+  keys = jax.eval_shape(lambda: streams(jax.random.key(0), 0))
+  try:
+    jax.eval_shape(run.loss, nets, batch, jnp.int32(0), keys)
+  except ValueError as error:
+    raise UserError(f'config.objective: {first_line(error)}') from error
+  rows = run.mesh.size
+  cond = None if batch.cond is None else np.zeros((rows, run.source.classes), 'f4')
+  for name, sampler in run.samplers.items():
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
+    try:
+      draw = functools.partial(_drawn, sampler, run.f, run.source.shape)
+      jax.eval_shape(draw, params, keys, cond)
+    except ValueError as error:
+      raise UserError(f'config.samplers.{name}: {first_line(error)}') from error

@@ -13,6 +13,7 @@ import numpy as np
 from cmjax import solvers
 from cmjax.core import Array, Key, Model, Params
 from cmjax.fields import probability_flow
+from cmjax.precond import TwoTime
 from cmjax.process import VE
 from cmjax.times import karras
 
@@ -45,6 +46,13 @@ def _normal(keys: Key, index: int, shape: tuple[int, ...]) -> Array:
   )
 
 
+def _check_descending(where: str, times: Sequence[float], above: float) -> None:
+  if not times or list(times) != sorted(set(times), reverse=True):
+    raise ValueError(f'{where}: times must descend, and be at least one, got {times}')
+  if times[-1] <= above:
+    raise ValueError(f'{where}: times end at {times[-1]}, not above {above}')
+
+
 def multistep(*, times: Sequence[float], sigma_min: float = 0.0) -> Sampler:
   """Alternates f with fresh noise: f at times[0], noise to times[1], f, and so on.
 
@@ -55,10 +63,7 @@ def multistep(*, times: Sequence[float], sigma_min: float = 0.0) -> Sampler:
 
   Source: Song et al. 2023, algorithm 1; with sigma_min = 0 as locuslab/ect samples.
   """
-  if not times or list(times) != sorted(set(times), reverse=True):
-    raise ValueError(f'multistep: times must descend, and be at least one, got {times}')
-  if times[-1] <= sigma_min:
-    raise ValueError(f'multistep: times end at {times[-1]}, not above {sigma_min=}')
+  _check_descending('multistep', times, sigma_min)
 
   def sampler(f, params, keys, cond, shape):
     x = times[0] * _normal(keys, 0, shape)
@@ -93,9 +98,9 @@ def ode(
   Source: Karras et al. 2022 (EDM), algorithm 1.
   Differs: the state is float32; NVlabs/edm keeps float64.
   """
-  if solver not in ('heun', 'euler') or steps < 2:
-    raise ValueError(f"ode: needs solver 'heun' or 'euler', got {solver=}, {steps=}")
-  advance = {'heun': solvers.heun, 'euler': solvers.euler}[solver]
+  if steps < 2:
+    raise ValueError(f'ode: needs at least two steps, got {steps=}')
+  advance = solvers.by_name(solver)
   grid = np.asarray(karras(steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho))
   evaluations = steps + (steps - 1 if solver == 'heun' else 0)
 
@@ -110,5 +115,59 @@ def ode(
     x, _ = jax.lax.scan(step, x, (grid[:-1], grid[1:]))
     last = jnp.full(len(x), grid[-1])
     return Samples(solvers.euler(flow, x, last, jnp.zeros_like(last)), evaluations)
+
+  return sampler
+
+
+def phased(
+  *, edges: Sequence[float], sigma_max: float = 80.0, skip: float = 1.0
+) -> Sampler:
+  """Deterministic: from edge to edge, one evaluation each, then to zero.
+
+  Each step jumps to `skip` times the next edge below; a skip a little under 1 lands
+  past the edge, where the target of training does not jump. Without edges it is
+  `one_step`.
+
+  Raises: ValueError for edges that do not ascend between zero and sigma_max, or a skip
+    outside (0, 1].
+
+  Source: Wang et al. 2024 (Stable Consistency Tuning), sections 4.3 and 4.4.
+  """
+  levels = [0.0, *edges, sigma_max]
+  if levels != sorted(set(levels)) or not 0 < skip <= 1:
+    raise ValueError(
+      f'phased: needs edges ascending between 0 and {sigma_max=}, and a skip in '
+      f'(0, 1]; got edges={tuple(edges)}, {skip=}'
+    )
+
+  def sampler(f, params, keys, cond, shape):
+    x, t = sigma_max * _normal(keys, 0, shape), sigma_max
+    for edge in reversed(levels[:-1]):
+      s = skip * edge
+      denoised = f(params, x, jnp.full(len(x), t, x.dtype), cond, key=None)
+      x, t = denoised + s / t * (x - denoised), s
+    return Samples(x, evaluations=len(levels) - 1)
+
+  return sampler
+
+
+def flow_map(*, times: Sequence[float] = (80.0,)) -> Sampler:
+  """Deterministic: a two-time model moves from noise level to noise level, then to 0.
+
+  Raises: ValueError if times are empty or do not descend above zero, or for a model of
+    one time.
+
+  Source: Geng et al. 2025 (MeanFlow), algorithm 2.
+  """
+  _check_descending('flow_map', times, 0.0)
+
+  def sampler(f, params, keys, cond, shape):
+    if not isinstance(f, TwoTime):
+      raise ValueError('flow_map needs config.precond.fn=cmjax.precond:two_time')
+    x = times[0] * _normal(keys, 0, shape)
+    for t, s in zip(times, (*times[1:], 0.0)):
+      t, s = (jnp.full(len(x), level, x.dtype) for level in (t, s))
+      x = f.move(params, x, t, s, cond)
+    return Samples(x, evaluations=len(times))
 
   return sampler

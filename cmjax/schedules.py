@@ -96,14 +96,20 @@ def power_gamma(relative_std: float) -> float:
 
 
 def shrinking_gap(
-  *, q: float, stage_images: int, batch_size: int, smooth: bool = False
+  *,
+  q: float,
+  stage_images: int,
+  batch_size: int,
+  smooth: bool = False,
+  total_images: int = 0,
 ) -> Schedule:
   """The relative gap q^-a of ECT, a = 1 + images / stage_images.
 
   By stages (`smooth=False`) the quotient is rounded down, as locuslab/ect does; smooth
   lets it shrink with every step (cmjax choice).
 
-  Raises: ValueError unless q > 1 and the stages have a length.
+  Raises: ValueError unless q > 1 and the stages have a length, or if the gap falls
+    below 2^-18 within `total_images`, where r would round to t.
 
   Source: Geng et al. 2024 (ECT); locuslab/ect `loss.py`.
   Differs: from the paper's a = floor(images / stage_images), whose first stage is
@@ -111,6 +117,13 @@ def shrinking_gap(
   """
   if q <= 1 or stage_images <= 0:
     raise ValueError(f'needs {q=} > 1 and {stage_images=} > 0')
+
+  stages = 1 + total_images / stage_images
+  if stages * math.log2(q) > 18:
+    raise ValueError(
+      f'the gap falls to {q}^-{stages:.3g}, and r would round to t; raise '
+      f'stage_images above {stage_images}'
+    )
 
   def schedule(step):
     step = jnp.asarray(step, jnp.float32)
@@ -150,13 +163,89 @@ def adaptive_target_rate(
   end: int,
   batch_size: int,
   total_images: int,
+  as_released: bool = False,
 ) -> Schedule:
   """mu(k) = exp(start ln(start_rate) / N(k)), the target network's EMA rate.
 
+  With `as_released` the divisor is N(k) - 1, as in openai/consistency_models.
+
   Source: Song et al. 2023, appendix C.
-  Differs: their released code divides by N(k) - 1.
   """
   bins = adaptive_bins(
     start=start, end=end, batch_size=batch_size, total_images=total_images
   )
-  return lambda step: jnp.exp(start * math.log(start_rate) / bins(step))
+  fewer = 1.0 if as_released else 0.0
+  return lambda step: jnp.exp(start * math.log(start_rate) / (bins(step) - fewer))
+
+
+def doubling_bins(
+  *, start: int = 10, end: int = 1280, batch_size: int, total_images: int
+) -> Schedule:
+  """N(k) = min(start 2^floor(k / K'), end) + 1, in equal stages over the run.
+
+  Raises: ValueError unless 1 <= start <= end, and no more stages than steps.
+
+  Source: Song & Dhariwal 2023 (iCT), section 3.4.
+  """
+  if not 1 <= start <= end:
+    raise ValueError(f'needs 1 <= start <= end, got {start=}, {end=}')
+  stages = math.floor(math.log2(end // start)) + 1
+  stage_steps = (total_images // batch_size) // stages
+  if stage_steps < 1:
+    raise ValueError(
+      f'{stages} stages do not fit {total_images // batch_size} steps; raise '
+      'config.total_images or `start`'
+    )
+
+  def schedule(step):
+    return jnp.minimum(start * 2.0 ** _stage(step, stage_steps), end) + 1.0
+
+  return schedule
+
+
+def halving_steps(*, start: int, stage_images: int, batch_size: int) -> Schedule:
+  """The student's number of sampling steps, halved at each stage down to one.
+
+  Raises: ValueError unless start >= 1 and the stages have a length.
+
+  Source: Salimans & Ho 2022, algorithm 2.
+  """
+  if start < 1 or stage_images < batch_size:
+    raise ValueError(f'needs {start=} >= 1 and {stage_images=} >= {batch_size=}')
+  return lambda step: jnp.maximum(
+    jnp.floor(start * 0.5 ** _stage(step, stage_images // batch_size)), 1.0
+  )
+
+
+def copy_at_stages(*, stage_images: int, batch_size: int) -> Schedule:
+  """A target rate of 0 in the last step of each stage, and 1 in between.
+
+  The target network is then the student as the last stage left it.
+
+  Raises: ValueError unless the stages have a length.
+
+  Source: Salimans & Ho 2022, algorithm 2, where the student becomes the teacher.
+  """
+  if stage_images < batch_size:
+    raise ValueError(f'needs {stage_images=} >= {batch_size=}')
+  steps = stage_images // batch_size
+  return lambda step: jnp.where(
+    (jnp.asarray(step, jnp.int32) + 1) % steps == 0, 0.0, 1.0
+  )
+
+
+def stage_decay(*, peak: float, stage_images: int, batch_size: int) -> Schedule:
+  """Falls linearly from `peak` to zero in each stage.
+
+  Raises: ValueError unless the stages have a length.
+
+  Source: Salimans & Ho 2022, appendix E.
+  """
+  if stage_images < batch_size:
+    raise ValueError(f'needs {stage_images=} >= {batch_size=}')
+  steps = stage_images // batch_size
+  return lambda step: peak * (1.0 - jnp.asarray(step, jnp.int32) % steps / steps)
+
+
+def _stage(step, stage_steps):
+  return (jnp.asarray(step, jnp.int32) // stage_steps).astype(jnp.float32)

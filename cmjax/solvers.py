@@ -1,6 +1,6 @@
 """One step of an ODE solver along a field, from t to r: both f32[B], r < t."""
 
-from cmjax.core import Array, Field, expand
+from cmjax.core import Array, Field, Solver, expand
 
 
 def euler(field: Field, x: Array, t: Array, r: Array) -> Array:
@@ -27,3 +27,11 @@ def runge_kutta4(field: Field, x: Array, t: Array, r: Array) -> Array:
   k3 = field(x + step / 2 * k2, middle)
   k4 = field(x + step * k3, r)
   return x + step / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+
+
+def by_name(name: str) -> Solver:
+  """The solver of a config: 'euler' or 'heun'. Raises: ValueError for another."""
+  solvers = {'euler': euler, 'heun': heun}
+  if name not in solvers:
+    raise ValueError(f"solver must be 'euler' or 'heun', got {name!r}")
+  return solvers[name]

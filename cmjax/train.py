@@ -50,7 +50,7 @@ def make_train_step(
 
   def train_step(state, frozen, batch):
     def value(params):
-      target = state.target if target_rate else jax.lax.stop_gradient(params)
+      target = state.target if target_rate else None
       nets = Nets(params, target, **frozen._asdict())
       out = loss(nets, batch, state.step, streams(root, state.step))
       return jnp.mean(out.loss), out
@@ -155,14 +155,13 @@ def _loop(
   hooks: Mapping[str, Hook],
 ) -> TrainState:
   every, start, total = run.config.every, int(state.step), run.total_steps
-  frozen = Frozen(teacher=run.teacher)
   step_fn = jax.jit(
     make_train_step(run.loss, run.tx, run.ema_rates, run.target_rate, run.config.seed),
     donate_argnums=0,
   )
   window, skipped, begun = _Window(), 0, time.monotonic()
   for step in range(start + 1, total + 1):
-    state, metrics = step_fn(state, frozen, batch(run, step - 1))
+    state, metrics = step_fn(state, run.frozen, batch(run, step - 1))
     window.add(metrics)
     progress.advance()
     if step == start + 1:
@@ -299,6 +298,7 @@ _MAY_CHANGE = (
   'config.samplers.',
   'config.sample_weights',
   'config.metrics.',
+  'config.studies.',
   'config.evaluation.',
   'config.data.data_dir',
   'config.data.path',
@@ -315,9 +315,15 @@ def _write_config(workdir: Path, config: configs.ConfigDict) -> None:
     raise UserError(f'--workdir: cannot write {workdir} ({error.strerror})') from error
 
 
+# Preconditionings that agree up to a small change of c_skip and c_out.
+_ONE_FORM = {'cmjax.precond:edm', 'cmjax.precond:consistency'}
+
+
 def _random_params(run: Run) -> Params:
   key = jax.random.fold_in(jax.random.key(run.config.seed), zlib.crc32(b'init'))
-  inputs = pretrained.example_inputs(run.source.shape, run.source.classes)
+  inputs = pretrained.example_inputs(
+    run.source.shape, run.source.classes, run.network.clocks
+  )
   zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), inputs)
   return run.network.init(key, *zeros)
 
@@ -346,7 +352,15 @@ def first_state(run: Run) -> TrainState:
     return create()
   like = run.abstract_params()
   params, theirs = pretrained.load_weights(run.config.init_from, like, logs.say)
-  key, changed = 'config.precond.sigma_data', configs.differences(theirs, run.config)
-  if key in changed:
-    logs.say(f'note: {key} is not that of init_from: {changed[key]}')
+  changed = configs.differences(theirs, run.config)
+  form = 'config.precond.fn'
+  if form in changed and not {theirs.precond.fn, run.config.precond.fn} <= _ONE_FORM:
+    raise UserError(
+      f'config.init_from: {run.config.init_from} was trained through '
+      f'{theirs.precond.fn}, and weights mean something else through '
+      f'{run.config.precond.fn}; start from a model of that form'
+    )
+  for key in ('config.precond.sigma_data', 'config.network.noise_scale'):
+    if key in changed:
+      logs.say(f'note: {key} is not that of init_from: {changed[key]}')
   return jax.jit(lambda params: _state_of(run, params), out_shardings=place)(params)

@@ -5,6 +5,66 @@ from ml_collections import ConfigDict
 REQUIRED = '?'  # must be given: --config.KEY=VALUE
 
 
+# What every objective has a config for: --config=configs/OBJECTIVE.py:DATA.
+DATA = ('toy2d', 'digits', 'cifar10')
+
+
+def on(data: str, **network) -> ConfigDict:
+  """Data, network, samplers and metrics of toy2d, digits or cifar10.
+
+  `network` sets keywords of the network. Weights to sample from are those of an EMA
+  called `slow`, which the config gives.
+  """
+  if data not in DATA:
+    raise ValueError(f'no data {data!r}; there are {", ".join(DATA)}')
+  c = base()
+  c.sample_weights = 'slow'
+  c.samplers = dict(one_step=one_step(), two_steps=two_steps())
+  c.metrics = pixel_metrics()
+  c.every.picture_steps = 1_000
+  if data == 'toy2d':
+    c.batch_size = 256
+    c.data = dict(fn='cmjax.data:points', oracle=ring(), samples=50_000, seed=0)
+    c.network = toy_network() | network
+    c.evaluation.pictured = 2_000
+  elif data == 'digits':
+    c.batch_size = 128
+    c.data = digits()
+    c.network = digits_network() | network
+    c.metrics = digits_metrics()
+    c.evaluation.samples = 1797
+  else:
+    c.batch_size = 512
+    c.data = cifar10(flip=False)
+    c.network = ddpmpp(dropout=0.0) | network
+    c.every.picture_steps = 5_000
+    c.every.checkpoint_steps = 5_000
+  c.studies = studies(data)
+  return c
+
+
+def tuned(data: str, **network) -> ConfigDict:
+  """`on`, for a student that starts from a diffusion model and, off CIFAR-10, is short.
+
+  RAdam falling to zero over 3,000 steps is a cmjax choice.
+  """
+  c = on(data, **network)
+  c.init_from = REQUIRED
+  if data != 'cifar10':
+    c.total_images = 3_000 * c.batch_size
+    c.optimizer = radam(cosine(7e-4))
+    c.ema = dict(slow=constant(0.998))
+  return c
+
+
+def distilled(data: str, **network) -> ConfigDict:
+  """`tuned`, for a student of --config.teacher, from whose weights it starts."""
+  c = tuned(data, **network)
+  c.teacher = REQUIRED
+  c.init_from = c.get_ref('teacher') + ''  # follows it until it is given itself
+  return c
+
+
 def base() -> ConfigDict:
   """Every key of the top level; a config fills in the parts."""
   return ConfigDict(
@@ -23,9 +83,11 @@ def base() -> ConfigDict:
       objective={},
       optimizer={},
       target_rate={},  # EMA rate of the target network; empty: stop-gradient of online
+      reference={},  # examples kept on the device, to average over
       ema={},
       samplers={},
       metrics={},
+      studies={},
       evaluation=dict(samples=10_000, batch_size=512, seed=1, pictured=100),
       every=dict(  # 0 is never; pictures, evaluations and checkpoints also at the end
         log_steps=100, picture_steps=0, evaluate_steps=0, checkpoint_steps=1000
@@ -64,8 +126,8 @@ def digits_network() -> dict:
 
 
 def toy_network() -> dict:
-  """A residual MLP of 0.6 M parameters (cmjax choice)."""
-  return _mlp(width=256, blocks=3, noise_scale=20.0)
+  """A residual MLP of 0.2 M parameters (cmjax choice)."""
+  return _mlp(width=128, blocks=3, noise_scale=20.0)
 
 
 def _mlp(width: int, blocks: int, noise_scale: float) -> dict:
@@ -76,6 +138,8 @@ def _mlp(width: int, blocks: int, noise_scale: float) -> dict:
     embedding=128,
     dropout=0.0,
     noise_scale=noise_scale,
+    clocks=1,
+    log_weight=False,
     dtype='float32',
   )
 
@@ -89,6 +153,9 @@ def ddpmpp(dropout: float) -> dict:
     blocks=4,
     attention=(16,),
     dropout=dropout,
+    noise_scale=1.0,
+    clocks=1,
+    log_weight=False,
     dtype='float32',
   )
 
@@ -103,47 +170,67 @@ def consistency_precond(sigma_min: float) -> dict:
   return dict(fn='cmjax.precond:consistency', sigma_data=0.5, sigma_min=sigma_min)
 
 
+def trigflow_precond() -> dict:
+  """sCM's one form of denoiser and consistency function."""
+  return dict(fn='cmjax.precond:trigflow', sigma_data=0.5)
+
+
+def two_time_precond() -> dict:
+  """MeanFlow's map between two times."""
+  return dict(fn='cmjax.precond:two_time')
+
+
+def studies(data: str) -> dict:
+  """What --mode=study looks at; the exact map where the data has one."""
+  found = dict(
+    tangents=dict(fn='cmjax.studies:tangents'),
+    normalised_bias=dict(fn='cmjax.studies:normalised_bias'),
+    gradient_noise=dict(fn='cmjax.studies:gradient_noise'),
+    jvp_precision=dict(fn='cmjax.studies:jvp_precision'),
+    discrete_limit=dict(fn='cmjax.studies:discrete_limit'),
+  )
+  if data == 'toy2d':
+    return dict(map_error=dict(fn='cmjax.studies:map_error', oracle=ring())) | found
+  return found
+
+
+def trigflow_network(data: str) -> dict:
+  """Keywords of a network whose clock is an angle (noise scales: cmjax choice)."""
+  return {} if data == 'cifar10' else dict(noise_scale=10.0)
+
+
+def two_time_network(data: str) -> dict:
+  """Keywords of a network of two clocks in [0, 1] (noise scales: cmjax choice)."""
+  return trigflow_network(data) | dict(clocks=2)
+
+
 def lognormal(mean: float, std: float) -> dict:
   """The logarithm of t is N(mean, std^2)."""
   return dict(fn='cmjax.times:lognormal', mean=mean, std=std)
 
 
-def edm() -> dict:
-  """EDM's denoising objective; Karras et al. 2022, table 1."""
+def karras_uniform() -> dict:
+  """Where the pairs of an endless Karras grid lie."""
+  return dict(fn='cmjax.times:karras_uniform', sigma_min=0.002, sigma_max=80.0, rho=7.0)
+
+
+def karras_pairs(bins: dict) -> dict:
+  """Neighbours of a Karras grid of as many points as the schedule `bins` says."""
   return dict(
-    fn='cmjax.objectives.denoise:edm', times=lognormal(-1.2, 1.2), sigma_data=0.5
+    fn='cmjax.times:karras_pairs', bins=bins, sigma_min=0.002, sigma_max=80.0, rho=7.0
   )
 
 
-def ect(q: float, stage_images: int, smooth: bool = False) -> dict:
-  """Easy Consistency Tuning with the constants of locuslab/ect for CIFAR-10."""
+def shrinking_gap(q: float, stage_images: int, smooth: bool) -> dict:
+  """ECT's relative gap between t and r."""
   return dict(
-    fn='cmjax.objectives.discrete:ect',
-    times=lognormal(-1.1, 2.0),
-    gap=dict(
-      fn='cmjax.schedules:shrinking_gap', q=q, stage_images=stage_images, smooth=smooth
-    ),
-    distance=pseudo_huber(0.0),
-    weighting=dict(fn='cmjax.distances:inverse_gap'),
-    k=8.0,
-    b=1.0,
+    fn='cmjax.schedules:shrinking_gap', q=q, stage_images=stage_images, smooth=smooth
   )
 
 
-def ct(start: int, end: int, c: float) -> dict:
-  """Consistency training on a growing Karras grid, with iCT's metric and weighting."""
-  return dict(
-    fn='cmjax.objectives.discrete:ct',
-    pairs=dict(
-      fn='cmjax.times:karras_pairs',
-      bins=dict(fn='cmjax.schedules:adaptive_bins', start=start, end=end),
-      sigma_min=0.002,
-      sigma_max=80.0,
-      rho=7.0,
-    ),
-    distance=pseudo_huber(c),
-    weighting=dict(fn='cmjax.distances:inverse_gap'),
-  )
+def squared_l2() -> dict:
+  """The squared Euclidean distance, summed."""
+  return dict(fn='cmjax.distances:squared_l2')
 
 
 def pseudo_huber(c: float) -> dict:
@@ -151,14 +238,19 @@ def pseudo_huber(c: float) -> dict:
   return dict(fn='cmjax.distances:pseudo_huber', c=c)
 
 
-def adam(learning_rate: dict) -> dict:
+def weighting(name: str) -> dict:
+  """A weighting of `cmjax.distances` that takes no keywords."""
+  return dict(fn=f'cmjax.distances:{name}')
+
+
+def adam(learning_rate: dict, b2: float = 0.999) -> dict:
   """Adam with its usual rates."""
-  return dict(fn='optax:adam', learning_rate=learning_rate, b1=0.9, b2=0.999, eps=1e-8)
+  return dict(fn='optax:adam', learning_rate=learning_rate, b1=0.9, b2=b2, eps=1e-8)
 
 
-def radam(learning_rate: dict) -> dict:
-  """RAdam with its usual rates."""
-  return dict(fn='optax:radam', learning_rate=learning_rate, b1=0.9, b2=0.999, eps=1e-8)
+def radam(learning_rate: dict, b2: float = 0.999) -> dict:
+  """RAdam with its usual rates; optax adds eps after its bias correction."""
+  return dict(fn='optax:radam', learning_rate=learning_rate, b1=0.9, b2=b2, eps=1e-8)
 
 
 def constant(value: float) -> dict:
@@ -176,22 +268,12 @@ def warmup(peak: float, warmup_images: int) -> dict:
   return dict(fn='cmjax.schedules:warmup', peak=peak, warmup_images=warmup_images)
 
 
-def half_life(half_life_images: int, rampup_ratio: float) -> dict:
+def half_life(half_life_images: int, rampup_ratio: float = 0.0) -> dict:
   """EMA by its half-life, as EDM counts it."""
   return dict(
     fn='cmjax.schedules:half_life',
     half_life_images=half_life_images,
     rampup_ratio=rampup_ratio,
-  )
-
-
-def adaptive_target_rate(start_rate: float, start: int, end: int) -> dict:
-  """EMA rate mu(k) of the target network; Song et al. 2023, appendix C."""
-  return dict(
-    fn='cmjax.schedules:adaptive_target_rate',
-    start_rate=start_rate,
-    start=start,
-    end=end,
   )
 
 

@@ -154,7 +154,7 @@ def test_build_each_builds_by_name_and_names_the_part_at_fault():
 
 @pytest.fixture
 def config():
-  return configs.load(ROOT / 'configs' / 'edm_digits.py')
+  return configs.load(ROOT / 'configs' / 'edm.py:digits')
 
 
 def changed(config, key, value):
@@ -240,9 +240,9 @@ def test_differences_are_told_by_key(config):
   assert configs.differences(other, changed(config, 'network.sizes', (1, 2))) == {}
 
 
-@pytest.mark.parametrize('name', ['edm_digits', 'ect_cifar10', 'toy2d'])
+@pytest.mark.parametrize('name', ['edm.py:digits', 'ect.py:cifar10', 'ct.py:toy2d'])
 def test_json_and_back_is_the_same_config(name):
-  config = configs.load(ROOT / 'configs' / f'{name}.py')
+  config = configs.load(ROOT / 'configs' / name)
   again = configs.from_json(configs.to_json(config))
   assert again == config
   assert configs.differences(config, again) == {}
@@ -258,7 +258,7 @@ def test_tuples_survive_json():
 
 
 def test_schedules_are_found_wherever_they_are():
-  config = configs.load(ROOT / 'configs' / 'toy2d.py')
+  config = configs.load(ROOT / 'configs' / 'ct.py:toy2d')
   found = configs.schedules(config, batch_size=512, total_images=512 * 100)
   assert set(found) == {
     'config.ema.slow',

@@ -12,9 +12,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cmjax import core, distances, precond, samplers, schedules, times
+from cmjax import (
+  core,
+  data,
+  distances,
+  fields,
+  precond,
+  process,
+  samplers,
+  schedules,
+  times,
+)
 from cmjax.networks import mlp, songunet
-from cmjax.objectives import denoise, discrete
+from cmjax.objectives import (
+  continuous,
+  denoise,
+  discrete,
+  meanflow,
+  progressive,
+  trigflow,
+)
 from tests.conftest import ROOT
 
 ONE_STEP = jnp.int32(7)
@@ -24,19 +41,57 @@ METRIC = dict(
   distance=distances.pseudo_huber(c=0.01), weighting=distances.inverse_gap()
 )
 
-# name: how to build it from a model f
+SQUARED = dict(distance=distances.squared_l2(), weighting=distances.uniform())
+GAP = schedules.constant(value=0.1)
+WARM = schedules.constant(value=0.5)
+TWO_TIMES = times.two_times(equal_share=0.5)
+
+# name: how to build it from a model f; a second f is the teacher's
 OBJECTIVES = {
-  'denoise:edm': lambda f: denoise.edm(f, times=LOGNORMAL),
-  'discrete:ect': lambda f: discrete.ect(
-    f, times=LOGNORMAL, gap=schedules.constant(value=0.1), **METRIC
-  ),
+  'denoise:edm': lambda f: denoise.edm(f, times=LOGNORMAL, label_dropout=0.2),
+  'discrete:ect': lambda f: discrete.ect(f, times=LOGNORMAL, gap=GAP, **METRIC),
   'discrete:ct': lambda f: discrete.ct(f, pairs=GRID, **METRIC),
-  'discrete:cd': lambda f: discrete.cd(f, f, pairs=GRID, **METRIC),
+  'discrete:ict': lambda f: discrete.ict(
+    f, bins=schedules.constant(value=18.0), c=0.01
+  ),
+  'discrete:cd': lambda f: discrete.cd(f, f, pairs=GRID, guidance=1.5, **METRIC),
+  'discrete:stable_ct': lambda f: discrete.stable_ct(
+    f, times=LOGNORMAL, gap=GAP, threshold=0.3, block=3, edges=(0.4, 2.0), **METRIC
+  ),
+  'continuous:theorem3': lambda f: continuous.theorem3(
+    f, f, times=LOGNORMAL, **SQUARED
+  ),
+  'continuous:theorem4': lambda f: continuous.theorem4(
+    f, f, times=LOGNORMAL, **SQUARED | dict(distance=distances.pseudo_huber())
+  ),
+  'continuous:cd': lambda f: continuous.cd(
+    f, f, times=LOGNORMAL, guidance=1.5, **SQUARED
+  ),
+  'continuous:ct': lambda f: continuous.ct(f, times=LOGNORMAL, **SQUARED),
+  'trigflow:sct': lambda f: trigflow.sct(f, times=LOGNORMAL, warmup=WARM),
+  'trigflow:scd': lambda f: trigflow.scd(
+    f, f, times=LOGNORMAL, warmup=WARM, guidance=1.5
+  ),
+  'meanflow:meanflow': lambda f: meanflow.meanflow(
+    f, pairs=TWO_TIMES, guidance=2.0, label_dropout=0.2, own_tangent=True
+  ),
+  'meanflow:shortcut': lambda f: meanflow.shortcut(f, pairs=TWO_TIMES),
+  'progressive:pd': lambda f: progressive.pd(
+    f, steps=schedules.constant(value=4.0), **SQUARED
+  ),
 }
+# Objectives of a family whose model has a form of its own; the others take EDM's.
+FORMS = {'trigflow': precond.trigflow, 'meanflow': precond.two_time}
 # name: how to build it, and the shape of an example
 NETWORKS = {
   'mlp:mlp': (
     lambda **kw: mlp.mlp(width=16, blocks=2, embedding=8, noise_scale=4.0, **kw),
+    (4, 4, 1),
+  ),
+  'mlp:mlp of two times': (
+    lambda **kw: mlp.mlp(
+      width=16, blocks=2, embedding=8, noise_scale=4.0, clocks=2, **kw
+    ),
     (4, 4, 1),
   ),
   'songunet:songunet': (
@@ -49,12 +104,17 @@ NETWORKS = {
 PRECONDITIONERS = {
   'edm': (precond.edm, 0.0),  # and where its boundary f(x, t) = x lies
   'consistency': (precond.consistency, 0.002),
+  'trigflow': (precond.trigflow, 0.0),
+  'two_time': (lambda n: precond.two_time(n._replace(clocks=2)), 0.0),
 }
 SAMPLERS = {
   'one_step': (samplers.one_step(), 1),  # and how often it evaluates the network
   'multistep': (samplers.multistep(times=(80.0, 5.0, 0.8)), 3),
   'ode': (samplers.ode(steps=18), 35),
+  'phased': (samplers.phased(edges=(1.0, 5.0), skip=0.9), 3),
 }
+# Needs a model of two times, and has tests of its own.
+FLOW_MAP = {'flow_map'}
 
 
 def public_functions(module, returns):
@@ -78,9 +138,9 @@ def folder_members(folder, returns):
 
 def test_every_member_has_a_row():
   assert folder_members('objectives', core.Loss) == set(OBJECTIVES)
-  assert folder_members('networks', core.Network) == set(NETWORKS)
+  assert folder_members('networks', core.Network) == {n.split()[0] for n in NETWORKS}
   assert public_functions(precond, core.Model) == set(PRECONDITIONERS)
-  assert public_functions(samplers, samplers.Sampler) == set(SAMPLERS)
+  assert public_functions(samplers, samplers.Sampler) == set(SAMPLERS) | FLOW_MAP
 
 
 # Objectives ------------------------------------------------------------------------
@@ -88,12 +148,22 @@ def test_every_member_has_a_row():
 SHAPE, CLASSES, BATCH = (4, 4, 1), 3, 8
 
 
-@pytest.fixture(scope='module')
-def model():
-  """A small preconditioned network with dropout, and weights that are not zero."""
-  network = mlp.mlp(width=16, blocks=1, embedding=8, dropout=0.5)
-  example = jnp.zeros((1, *SHAPE)), jnp.zeros(1), jnp.zeros((1, CLASSES))
-  return precond.edm(network), some_params(network, *example)
+def small_model(name, labels=True, **keywords):
+  """A small network in the form its objective asks for, and weights of order one."""
+  family = name.partition(':')[0]
+  clocks = 2 if family == 'meanflow' else 1
+  network = mlp.mlp(
+    width=16,
+    blocks=1,
+    embedding=8,
+    clocks=clocks,
+    log_weight=family == 'trigflow',
+    **keywords,
+  )
+  c_noise = jnp.zeros((1, clocks) if clocks > 1 else 1)
+  cond = jnp.zeros((1, CLASSES)) if labels else None
+  params = some_params(network, jnp.zeros((1, *SHAPE)), c_noise, cond)
+  return FORMS.get(family, precond.edm)(network), params
 
 
 def some_params(net, x, c_noise, cond, dtype=jnp.float32):
@@ -111,7 +181,18 @@ def some_params(net, x, c_noise, cond, dtype=jnp.float32):
 
 def a_batch(seed=2):
   x0 = jnp.clip(0.5 * jax.random.normal(jax.random.key(seed), (BATCH, *SHAPE)), -1, 1)
-  return core.Batch(x0, jax.nn.one_hot(jnp.arange(BATCH) % CLASSES, CLASSES))
+  cond = jax.nn.one_hot(jnp.arange(BATCH) % CLASSES, CLASSES)
+  return core.Batch(x0, cond, jnp.arange(BATCH))
+
+
+def a_reference(labels=True):
+  """As many more examples as in a batch, of the same classes."""
+  x0 = np.random.default_rng(4).normal(size=(2 * BATCH, *SHAPE)).astype(np.float32)
+  classes = np.arange(2 * BATCH) % CLASSES if labels else None
+  source = data.Source(
+    'noise', 0.5 * x0, classes, CLASSES * labels, -9.0, 9.0, 0.0, 1.0, False
+  )
+  return fields.Reference(*map(jnp.asarray, data.reference(source)))
 
 
 def keys():
@@ -119,10 +200,10 @@ def keys():
 
 
 @pytest.fixture(params=OBJECTIVES, scope='module')
-def objective(request, model):
-  f, params = model
+def objective(request):
+  f, params = small_model(request.param, dropout=0.5)
   loss = OBJECTIVES[request.param](f)
-  nets = core.Nets(online=params, target=params, teacher=params)
+  nets = core.Nets(params, params, params, reference=a_reference())
   return jax.jit(loss), nets
 
 
@@ -161,7 +242,7 @@ def test_objective_differentiates_only_the_online_network(objective):
   def mean(nets):
     return jnp.mean(loss(nets, a_batch(), ONE_STEP, keys()).loss)
 
-  gradient = jax.jit(jax.grad(mean))(nets)
+  gradient = jax.jit(jax.grad(mean, allow_int=True))(nets)
   online = jax.tree.leaves(gradient.online)
   assert all(np.all(np.isfinite(g)) for g in online)
   assert any(np.any(g != 0) for g in online)
@@ -169,25 +250,43 @@ def test_objective_differentiates_only_the_online_network(objective):
     assert all(np.all(g == 0) for g in jax.tree.leaves(frozen))
 
 
+# Those that save an evaluation where the two are one network.
+@pytest.mark.parametrize('name', ['continuous:ct', 'trigflow:sct'])
+def test_without_a_target_network_the_target_is_the_online_one(name):
+  f, params = small_model(name)
+  loss = OBJECTIVES[name](f)
+
+  @jax.jit
+  @jax.grad
+  def gradient(params, target):
+    nets = core.Nets(params, target, params, reference=a_reference())
+    return jnp.mean(loss(nets, a_batch(), ONE_STEP, keys()).loss)
+
+  for a, b in zip(*(jax.tree.leaves(gradient(params, t)) for t in (None, params))):
+    # The same mathematics in another order of operations, float32.
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(jnp.max(jnp.abs(b))))
+
+
 @pytest.mark.parametrize('name', OBJECTIVES)
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 @pytest.mark.parametrize('t', [1e-3, 300.0])
 def test_objective_stays_finite_at_extreme_times(name, dtype, t, monkeypatch):
-  network = mlp.mlp(width=16, blocks=1, embedding=8, dtype=dtype)
-  params = some_params(network, jnp.zeros((1, *SHAPE)), jnp.zeros(1), None)
-  f = precond.edm(network)
+  f, params = small_model(name, dtype=dtype)
   monkeypatch.setitem(globals(), 'LOGNORMAL', lambda key, n: jnp.full(n, t))
+  angle = process.LINEAR.time_of(jnp.float32(t))
+  whole = lambda key, n, step: (jnp.full(n, angle), jnp.zeros(n))  # noqa: E731
+  monkeypatch.setitem(globals(), 'TWO_TIMES', whole)
   low, high = sorted((t, 1.1 * t))
   pairs = times.karras_pairs(
     bins=schedules.constant(value=2.0), sigma_min=low, sigma_max=high
   )
   monkeypatch.setitem(globals(), 'GRID', pairs)
   loss = OBJECTIVES[name](f)
-  batch = core.Batch(a_batch().x0, None)
 
   def mean(params):
-    nets = core.Nets(params, jax.lax.stop_gradient(params), params)
-    return jnp.mean(loss(nets, batch, ONE_STEP, keys()).loss)
+    still = jax.lax.stop_gradient(params)
+    nets = core.Nets(params, still, still, reference=a_reference())
+    return jnp.mean(loss(nets, a_batch(), ONE_STEP, keys()).loss)
 
   value, gradient = jax.jit(jax.value_and_grad(mean))(params)
   assert np.isfinite(value)
@@ -197,9 +296,10 @@ def test_objective_stays_finite_at_extreme_times(name, dtype, t, monkeypatch):
 # Networks --------------------------------------------------------------------------
 
 
-def inputs(shape, dtype=jnp.float32):
+def inputs(net, shape, dtype=jnp.float32):
   x = jax.random.normal(jax.random.key(5), (4, *shape), dtype)
-  c_noise = jnp.linspace(-1.5, 1.1, 4, dtype=dtype)
+  c_noise = jnp.linspace(-1.5, 1.1, 4 * net.clocks, dtype=dtype)
+  c_noise = c_noise if net.clocks == 1 else jnp.reshape(c_noise, (4, net.clocks))
   return x, c_noise, jax.nn.one_hot(jnp.arange(4) % CLASSES, CLASSES, dtype=dtype)
 
 
@@ -208,7 +308,7 @@ def network(request):
   """A compiled network with dropout, its parameters, and inputs for it."""
   build, shape = NETWORKS[request.param]
   net = build(dropout=0.5)
-  arguments = inputs(shape)
+  arguments = inputs(net, shape)
   params = some_params(net, *arguments)
   return build, jax.jit(net.apply), params, arguments
 
@@ -260,7 +360,7 @@ def test_network_computes_in_its_dtype_and_keeps_float32_parameters(network):
 def test_network_jvp_is_the_central_difference(name, x64):
   build, shape = NETWORKS[name]
   net = build(dropout=0.3, dtype='float64')
-  x, c_noise, cond = inputs(shape, jnp.float64)
+  x, c_noise, cond = inputs(net, shape, jnp.float64)
   params = some_params(net, x, c_noise, cond, jnp.float64)
   direction = jax.random.normal(jax.random.key(6), x.shape, x.dtype)
 
@@ -298,9 +398,10 @@ def test_preconditioner_is_the_identity_at_its_boundary(name):
 @pytest.mark.parametrize('name', PRECONDITIONERS)
 def test_preconditioner_is_float32_outside_a_bfloat16_network(name):
   build, _ = PRECONDITIONERS[name]
-  network = mlp.mlp(width=16, blocks=1, embedding=8, dtype='bfloat16')
+  clocks = 2 if name == 'two_time' else 1
+  network = mlp.mlp(width=16, blocks=1, embedding=8, clocks=clocks, dtype='bfloat16')
   x, t = jnp.ones((2, *SHAPE)), jnp.ones(2)
-  params = some_params(network, x, t, None)
+  params = some_params(network, x, t if clocks == 1 else jnp.ones((2, 2)), None)
   assert build(network)(params, x, t, None).dtype == jnp.float32
 
 

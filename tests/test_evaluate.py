@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 
 
 def opened(source, f, mesh, batch_size=64, **named):
-  config = configs.load(ROOT / 'configs' / 'edm_digits.py')
+  config = configs.load(ROOT / 'configs' / 'edm.py:digits')
   config.evaluation.batch_size = batch_size
   config.evaluation.samples = 50
   return runs.Opened(config, mesh, source, f, named, None, 0)

@@ -7,7 +7,7 @@ import numpy as np
 from cmjax import fields, oracles, process
 from cmjax.core import expand
 
-TRIGFLOW = process.Process(alpha=jnp.cos, sigma=jnp.sin)
+TRIGFLOW = process.trigflow(1.0)
 
 
 def draws():

@@ -14,6 +14,7 @@ LAYERS = [
   ['process', 'schedules', 'distances'],
   ['precond', 'times', 'fields', 'solvers'],
   ['oracles', 'samplers', 'statistics', 'objectives.*', 'networks.*'],
+  ['studies'],
   ['config', 'data', 'sharding', 'checkpoint', 'logs'],
   ['pretrained'],
   ['run'],
@@ -50,7 +51,7 @@ BANNED = {
   r'pmap|axis_name': [],
   r'PartitionSpec|axis_names': ['sharding'],
   r'config\.get\(': [],
-  r'jax\.jit': ['train', 'evaluate'],
+  r'jax\.jit': ['train', 'evaluate', 'studies'],
   r'\bprint\(': ['logs', 'main'],
 }
 

@@ -15,7 +15,7 @@ from cmjax import data, evaluate
 from tests.conftest import ROOT
 
 SMALL = [
-  '--config=configs/edm_digits.py',
+  '--config=configs/edm.py:digits',
   '--config.network.width=16',
   '--config.network.blocks=1',
   '--config.network.embedding=8',
@@ -26,7 +26,7 @@ SMALL = [
   '--config.every.log_steps=1',
   '--config.every.picture_steps=0',
 ]
-ECT = '--config=configs/ect_digits.py'
+ECT = '--config=configs/ect.py:digits'
 # Below, @ stands for where these runs lie.
 NEW, TRAINED, EMPTY = '--workdir=@/NEW', '--workdir=@/TRAINED', '--workdir=@/EMPTY'
 

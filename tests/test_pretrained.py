@@ -17,7 +17,7 @@ SAVED_STEPS = (4, 9)
 
 
 def small_config(width=16):
-  config = configs.load(ROOT / 'configs' / 'edm_digits.py')
+  config = configs.load(ROOT / 'configs' / 'edm.py:digits')
   config.network.update(width=width, blocks=1, embedding=8)
   return config
 

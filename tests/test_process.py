@@ -11,12 +11,8 @@ from cmjax.core import expand
 # The process, and its coefficients in numpy.
 PROCESSES = {
   've': (process.VE, np.ones_like, lambda t: t),
-  'trigflow': (process.Process(alpha=jnp.cos, sigma=jnp.sin), np.cos, np.sin),
-  'linear': (
-    process.Process(alpha=lambda t: 1 - t, sigma=lambda t: t),
-    lambda t: 1 - t,
-    lambda t: t,
-  ),
+  'trigflow': (process.trigflow(1.0), np.cos, np.sin),
+  'linear': (process.LINEAR, lambda t: 1 - t, lambda t: t),
 }
 ROUNDING = dict(rtol=1e-12, atol=1e-12)  # some ten operations in float64
 

@@ -45,11 +45,11 @@ def test_a_teacher_reaches_the_objective_as_an_argument(taught, one_device):
     assert metrics['skipped'] == 0
     return float(metrics['loss'])
 
-  other = jax.tree.map(lambda a: a + 0.3, run.teacher)
-  assert first_loss(run.teacher) == first_loss(run.teacher)
-  assert first_loss(run.teacher) != first_loss(other)
+  other = jax.tree.map(lambda a: a + 0.3, run.frozen.teacher)
+  assert first_loss(run.frozen.teacher) == first_loss(run.frozen.teacher)
+  assert first_loss(run.frozen.teacher) != first_loss(other)
   weights = runs.reopen(taught / 'labels').params
-  jax.tree.map(np.testing.assert_array_equal, weights, run.teacher)
+  jax.tree.map(np.testing.assert_array_equal, weights, run.frozen.teacher)
 
 
 def test_an_objective_that_distils_asks_for_a_teacher():

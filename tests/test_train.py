@@ -32,8 +32,8 @@ SMALL = {
 }
 
 
-def small(name='edm_digits', **changes):
-  config = configs.load(ROOT / 'configs' / f'{name}.py')
+def small(name='edm.py:digits', **changes):
+  config = configs.load(ROOT / 'configs' / name)
   with config.unlocked():
     for key, value in (SMALL | changes).items():
       *path, last = key.replace('__', '.').split('.')
@@ -128,7 +128,7 @@ def test_a_run_that_is_never_finite_stops_and_says_so(tmp_path, one_device):
     train.train(run._replace(loss=broken), tmp_path, {})
 
 
-@pytest.mark.parametrize('name', ['edm_digits', 'toy2d'])
+@pytest.mark.parametrize('name', ['edm.py:digits', 'ct.py:toy2d'])
 def test_a_run_that_fell_over_goes_on_to_the_same_bits(name, tmp_path, one_device):
   run = runs.prepare(small(name), one_device)
   straight = train.train(run, tmp_path / 'straight', {})
@@ -175,7 +175,7 @@ def test_a_student_starts_from_the_weights_its_teacher_samples_from(
   tmp_path, one_device
 ):
   teacher = train.train(runs.prepare(small(), one_device), tmp_path / 'teacher', {})
-  config = small('ect_digits', init_from=str(tmp_path / 'teacher'))
+  config = small('ect.py:digits', init_from=str(tmp_path / 'teacher'))
   state = train.first_state(runs.prepare(config, one_device))
   for tree in (state.params, state.ema['slow']):
     assert_equal_states(tree, teacher.ema['slow'])
@@ -184,7 +184,9 @@ def test_a_student_starts_from_the_weights_its_teacher_samples_from(
 
 def test_another_network_is_refused_before_any_step(tmp_path, one_device):
   train.train(runs.prepare(small(), one_device), tmp_path / 'teacher', {})
-  config = small('ect_digits', init_from=str(tmp_path / 'teacher'), network__width=32)
+  config = small(
+    'ect.py:digits', init_from=str(tmp_path / 'teacher'), network__width=32
+  )
   differs = r'another network: parameter .*\(32,\).*\(64,\)'
   with pytest.raises(core.UserError, match=differs):
     train.train(runs.prepare(config, one_device), tmp_path / 'student', {})
@@ -207,7 +209,7 @@ CIFAR10 = os.environ.get(data.DATA_DIR_VARIABLE, '')
   reason=f'no CIFAR-10 prepared by TFDS; set {data.DATA_DIR_VARIABLE}',
 )
 def test_ect_on_narrowed_cifar10_learns_a_fixed_batch(one_device):
-  config = configs.load(ROOT / 'configs' / 'ect_cifar10.py')
+  config = configs.load(ROOT / 'configs' / 'ect.py:cifar10')
   config.update(dict(init_from='', batch_size=16))
   config.data.update(dict(data_dir=str(CIFAR10), split='train[:320]'))
   config.network.update(dict(channels=16, channel_mult=(1, 1), blocks=1))
@@ -255,7 +257,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_kept(tmp_path, one_device, caps
 def test_kill_9_at_a_random_moment_ends_in_the_same_bits(tmp_path, one_device):
   config = small(total_images=32 * 200, every__checkpoint_steps=10)
   command = [
-    sys.executable, '-m', 'cmjax.main', f'--config={ROOT}/configs/edm_digits.py',
+    sys.executable, '-m', 'cmjax.main', f'--config={ROOT}/configs/edm.py:digits',
     f'--workdir={tmp_path / "killed"}',
     *(f'--config.{k}={v}' for k, v in SMALL.items()),
     f'--config.total_images={32 * 200}', '--config.every.checkpoint_steps=10',

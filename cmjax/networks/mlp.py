@@ -22,7 +22,7 @@ class _Mlp(nn.Module):
     layers.refuse_missing_labels(self, cond)
     emb = layers.positional_embedding(self.noise_scale * c_noise, self.embedding)
     if cond is not None:
-      emb += nn.Dense(self.embedding, name='map_label')(cond)
+      emb += nn.Dense(emb.shape[-1], name='map_label')(cond)
     emb = nn.silu(nn.Dense(self.embedding, name='map_layer0')(emb))
     emb = nn.silu(nn.Dense(self.embedding, name='map_layer1')(emb)).astype(self.dtype)
     h = jnp.reshape(x, (x.shape[0], -1)).astype(self.dtype)
@@ -56,6 +56,8 @@ def mlp(
   embedding: int = 128,
   dropout: float = 0.0,
   noise_scale: float = 100.0,
+  clocks: int = 1,
+  log_weight: bool = False,
   dtype: str = 'float32',
 ) -> Network:
   """A residual MLP on flattened inputs, conditioned on noise level and label.
@@ -66,6 +68,8 @@ def mlp(
     embedding: features of the noise and label embedding.
     dropout: rate inside the blocks, active only under a key.
     noise_scale: multiplies c_noise before its sinusoids, whose fastest has period 2 pi.
+    clocks: how many times the network is told; 2 for a map between two times.
+    log_weight: whether it also holds a learned weighting, for objectives that use one.
     dtype: compute dtype; the embedding and all parameters stay float32.
 
   Returns:
@@ -79,4 +83,8 @@ def mlp(
   layers.check(width=width, blocks=blocks, dropout=dropout, dtype=dtype)
   if embedding < 4 or embedding % 2:
     raise ValueError(f'embedding must be even and at least 4, got {embedding}')
-  return layers.as_network(_Mlp(width, blocks, embedding, dropout, noise_scale, dtype))
+  return layers.as_network(
+    _Mlp(width, blocks, embedding, dropout, noise_scale, dtype),
+    clocks=clocks,
+    log_weight=log_weight,
+  )

@@ -73,6 +73,7 @@ class _SongUNet(nn.Module):
   blocks: int
   attention: tuple[int, ...]
   dropout: float
+  noise_scale: float
   dtype: str
 
   @nn.compact
@@ -129,10 +130,10 @@ class _SongUNet(nn.Module):
 
   def _embed(self, c_noise, cond):
     layers.refuse_missing_labels(self, cond)
-    emb = layers.positional_embedding(c_noise, self.channels)
+    emb = layers.positional_embedding(self.noise_scale * c_noise, self.channels)
     if cond is not None:
       scaled = cond * cond.shape[-1] ** 0.5
-      emb += nn.Dense(self.channels, kernel_init=_init(), name='map_label')(scaled)
+      emb += nn.Dense(emb.shape[-1], kernel_init=_init(), name='map_label')(scaled)
     for name in ('map_layer0', 'map_layer1'):
       emb = nn.silu(nn.Dense(4 * self.channels, kernel_init=_init(), name=name)(emb))
     return emb
@@ -145,6 +146,9 @@ def songunet(
   blocks: int = 4,
   attention: tuple[int, ...] = (16,),
   dropout: float = 0.13,
+  noise_scale: float = 1.0,
+  clocks: int = 1,
+  log_weight: bool = False,
   dtype: str = 'float32',
 ) -> Network:
   """DDPM++ in EDM's form, by default that for CIFAR-10: 55,732,739 parameters.
@@ -155,6 +159,9 @@ def songunet(
     blocks: residual blocks a resolution in the encoder, one more in the decoder.
     attention: resolutions with self-attention.
     dropout: rate inside the blocks, active only under a key.
+    noise_scale: multiplies c_noise before its sinusoids; 1 in EDM and ECT.
+    clocks: how many times the network is told; 2 for a map between two times.
+    log_weight: whether it also holds a learned weighting, for objectives that use one.
     dtype: compute dtype; embedding, statistics and parameters stay float32.
 
   Returns:
@@ -179,5 +186,15 @@ def songunet(
       f'{channels=}'
     )
   return layers.as_network(
-    _SongUNet(channels, tuple(channel_mult), blocks, tuple(attention), dropout, dtype)
+    _SongUNet(
+      channels,
+      tuple(channel_mult),
+      blocks,
+      tuple(attention),
+      dropout,
+      noise_scale,
+      dtype,
+    ),
+    clocks=clocks,
+    log_weight=log_weight,
   )

@@ -4,6 +4,8 @@ Each builder chooses which pairs of times, which field, which solver step, which
 distance and which weighting; the kernel `pair` is shared by all.
 """
 
+from collections.abc import Callable, Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -21,11 +23,18 @@ from cmjax.core import (
   expand,
   sum_features,
 )
-from cmjax.distances import Distance, Weighting
-from cmjax.fields import conditional, probability_flow
+from cmjax.distances import Distance, Weighting, inverse_gap, pseudo_huber
+from cmjax.fields import (
+  conditional,
+  probability_flow,
+  stable_denoiser,
+  teacher_denoiser,
+)
 from cmjax.process import VE, point
-from cmjax.solvers import euler, heun
-from cmjax.times import Pairs, Times, ect_pairs
+from cmjax.solvers import by_name, euler
+from cmjax.times import Pairs, Times, check_pairs, ect_pairs, lognormal_pairs
+
+FieldOf = Callable[[Nets, Batch, Array], Field]  # (nets, batch, z) -> field
 
 
 def pair(
@@ -53,21 +62,31 @@ def pair(
   x_r = solver(field, x_t, t, r)
   y = f(nets.online, x_t, t, cond, key=key)
   inside = r > 0
-  target = f(nets.target, x_r, jnp.where(inside, r, t), cond, key=key)
+  target = f(nets.fixed(), x_r, jnp.where(inside, r, t), cond, key=key)
   target = jax.lax.stop_gradient(jnp.where(expand(inside, x_r), target, x_r))
   aux = {'t': t, 'gap': t - r, 'defect': jnp.sqrt(sum_features((y - target) ** 2))}
   return LossOut(weighting(t, r) * distance(y, target), aux)
 
 
-def _on_pairs(f, pairs, solver, distance, weighting, field_of) -> Loss:
+def _on_pairs(
+  f: Model,
+  pairs: Pairs,
+  solver: Solver,
+  distance: Distance,
+  weighting: Weighting,
+  field_of: FieldOf,
+  edges: Sequence[float] = (),
+) -> Loss:
   """Draws times and noise, and hands the pair to the kernel."""
+  check_pairs(pairs)
 
   def loss(nets, batch, step, keys):
     x0 = batch.x0
     t, r = pairs(keys['time'], len(x0), step)
     z = jax.random.normal(keys['noise'], x0.shape)
+    model, r = _phased(f, edges, t, r) if edges else (f, r)
     return pair(
-      f,
+      model,
       nets,
       field_of(nets, batch, z),
       point(VE, x0, z, t),
@@ -103,6 +122,8 @@ def ect(
   unless the run has a `target_rate`, the stop-gradient of the online network. `gap` is
   the relative gap by step; k and b shape it by t (`times.neighbour`).
 
+  Raises: ValueError where the gap does not make r < t.
+
   Source: Geng et al. 2024 (ECT); locuslab/ect `loss.py`.
   Differs: a zero distance has a zero gradient there, not NaN cleaned afterwards.
   """
@@ -115,9 +136,36 @@ def ct(f: Model, *, pairs: Pairs, distance: Distance, weighting: Weighting) -> L
 
   Both points share data and noise; the target network is `nets.target`.
 
+  Raises: ValueError unless the pairs have r < t.
+
   Source: Song et al. 2023, algorithm 3.
   """
   return _on_pairs(f, pairs, euler, distance, weighting, _own_path)
+
+
+def ict(
+  f: Model,
+  *,
+  bins: Schedule,
+  c: float,
+  mean: float = -1.1,
+  std: float = 2.0,
+  sigma_min: float = 0.002,
+  sigma_max: float = 80.0,
+  rho: float = 7.0,
+) -> Loss:
+  """Improved consistency training: `ct` with lognormal bins, pseudo-Huber, 1 / (t - r).
+
+  c is 0.00054 sqrt(features) in the paper; the target is the stop-gradient of online.
+
+  Raises: ValueError unless the pairs have r < t.
+
+  Source: Song & Dhariwal 2023 (iCT), table 1.
+  """
+  pairs = lognormal_pairs(
+    bins=bins, mean=mean, std=std, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho
+  )
+  return ct(f, pairs=pairs, distance=pseudo_huber(c=c), weighting=inverse_gap())
 
 
 def cd(
@@ -127,13 +175,94 @@ def cd(
   pairs: Pairs,
   distance: Distance,
   weighting: Weighting,
+  solver: str = 'heun',
+  guidance: float = 1.0,
 ) -> Loss:
-  """Consistency distillation: one Heun step of the teacher's ODE to the neighbour.
+  """Consistency distillation: one solver step of the teacher's ODE to the neighbour.
+
+  `solver` is 'heun' or 'euler'; a `guidance` other than 1 asks the teacher with and
+  without the label.
+
+  Raises: ValueError for another solver, pairs without r < t, or guidance of a model
+    without labels.
 
   Source: Song et al. 2023, algorithm 2, and section 6 for Heun.
   """
 
   def teacher_flow(nets, batch, z):
-    return probability_flow(VE, lambda x, t: teacher(nets.teacher, x, t, batch.cond))
+    return probability_flow(
+      VE, teacher_denoiser(teacher, nets.teacher, batch.cond, guidance)
+    )
 
-  return _on_pairs(f, pairs, heun, distance, weighting, teacher_flow)
+  return _on_pairs(f, pairs, by_name(solver), distance, weighting, teacher_flow)
+
+
+def stable_ct(
+  f: Model,
+  *,
+  times: Times,
+  gap: Schedule,
+  distance: Distance,
+  weighting: Weighting,
+  threshold: float,
+  block: int = 1000,
+  edges: Sequence[float] = (),
+  k: float = 8.0,
+  b: float = 1.0,
+) -> Loss:
+  """Stable Consistency Tuning: `ect` along the averaged path of a reference set.
+
+  Needs `config.reference`. Where t > `threshold` the step follows the posterior mean
+  over the reference examples of the class, else the example's own path; `block`
+  examples are worked through at a time (`fields.stable_denoiser`).
+
+  With `edges`, ascending noise levels, the model is phased: in each segment it is
+  trained to agree on the point at the segment's lower edge, for `samplers.phased` with
+  the same edges. f is then the jump's data prediction, with its boundary at zero.
+
+  Raises: ValueError where the gap does not make r < t, for edges that do not ascend or
+    are not positive, or without a reference set.
+
+  Source: Wang et al. 2024 (Stable Consistency Tuning), sections 4.1 to 4.4; their
+    equations are not public, the estimator is that of Xu et al. 2023 (STF), eq. (6).
+  """
+  if list(edges) != sorted(set(edges)) or (edges and edges[0] <= 0):
+    raise ValueError(f'edges must ascend from above zero, got {tuple(edges)}')
+  if threshold < 0 or block < 1:
+    raise ValueError(f'needs {threshold=} >= 0 and {block=} >= 1')
+
+  def stable_flow(nets, batch, z):
+    if nets.reference is None:
+      raise ValueError(
+        'stable_ct needs a reference set; give config.reference, such as '
+        "dict(fn='cmjax.data:reference')"
+      )
+    denoiser = stable_denoiser(
+      nets.reference,
+      batch.x0,
+      batch.cond,
+      batch.index,
+      threshold=threshold,
+      block=block,
+    )
+    return probability_flow(VE, denoiser)
+
+  pairs = ect_pairs(times=times, gap=gap, k=k, b=b)
+  return _on_pairs(f, pairs, euler, distance, weighting, stable_flow, tuple(edges))
+
+
+def _phased(
+  f: Model, edges: tuple[float, ...], t: Array, r: Array
+) -> tuple[Model, Array]:
+  """The jump to the segment's lower edge s, and r not below it.
+
+  Source: Wang et al. 2024 (phased consistency models), eq. (8), with DDIM's jump.
+  """
+  bounds = jnp.asarray((0.0, *edges), t.dtype)
+  s = bounds[jnp.sum(t[:, None] > bounds[None, :], axis=1) - 1]
+
+  def jump(params, x, t, cond, *, key=None):
+    share = expand(s / t, x)
+    return share * x + (1.0 - share) * f(params, x, t, cond, key=key)
+
+  return jump, jnp.maximum(r, s)

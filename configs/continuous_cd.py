@@ -1,0 +1,32 @@
+"""Continuous-time distillation by the pseudo-objective of Theorem 5.
+
+Command:   cmjax --config=configs/continuous_cd.py:digits --workdir=runs/continuous_cd
+             --config.teacher=runs/edm
+Hardware:  toy2d, digits: two CPU cores, two minutes; cifar10: never run here
+Source:    Song et al. 2023, theorem 5, with lambda = (tau^-1)'; cifar10: batch
+           512, RAdam 5e-6, dropout 0.3, EMA 0.9999 (released launch script); toy2d,
+           digits: optimiser, EMA and length are cmjax choices
+Expected:  cifar10: the "l2, stopgrad" curve of their figure 7 (a number is not printed)
+Measured:  MEASURED
+"""
+
+import parts
+
+
+def get_config(data='digits'):
+  c = parts.distilled(data)
+  c.precond = parts.consistency_precond(0.002)
+  c.samplers.two_steps.sigma_min = 0.002
+  if data == 'cifar10':
+    c.network.dropout = 0.3
+    c.total_images = 800_000 * c.batch_size
+    c.optimizer = parts.radam(parts.constant(5e-6))
+    c.ema = dict(slow=parts.constant(0.9999))
+  c.objective = dict(
+    fn='cmjax.objectives.continuous:cd',
+    times=parts.karras_uniform(),
+    distance=parts.squared_l2(),
+    weighting=parts.weighting('uniform'),
+    guidance=1.0,
+  )
+  return c

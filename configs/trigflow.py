@@ -1,0 +1,21 @@
+"""TrigFlow diffusion: the teacher of `sct` and `scd`, on their own clock.
+
+Command:   cmjax --config=configs/trigflow.py:digits --workdir=runs/trigflow
+Hardware:  toy2d, digits: two CPU cores, a minute; cifar10: never run here to the end
+Source:    Lu & Song 2024 (sCM), section 3.1, with EDM's noise levels; cifar10 400,000
+           iterations (their appendix G); the rest as in `edm`
+Expected:  cifar10: FID 2.15 (sCM, teacher)
+Measured:  MEASURED
+"""
+
+import edm
+import parts
+
+
+def get_config(data='digits'):
+  c = edm.get_config(data)
+  c.precond = parts.trigflow_precond()
+  c.network.update(parts.trigflow_network(data))
+  if data == 'cifar10':
+    c.total_images = 400_000 * c.batch_size
+  return c

@@ -1,0 +1,182 @@
+"""Studies of models whose answers are known."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cmjax import core, oracles, precond, studies
+from cmjax.core import expand
+from cmjax.networks import mlp
+
+STD = 0.4
+GAUSSIAN = oracles.gaussian(np.zeros(2), STD)
+FEW = jnp.asarray([[0.7, 0.1], [-0.5, 0.4], [0.0, -0.6], [0.2, 0.3]])
+
+
+def constant_along_the_ode_of(oracle, steps=256):
+  return lambda params, x, t, cond, *, key=None: oracles.consistency(
+    oracle, x, t, 0.002, steps
+  )
+
+
+def still(params, x, t, cond, *, key=None):
+  return x
+
+
+def subject(f, x0=FEW, **more):
+  return studies.Subject(f, core.Nets(more.pop('params', None)), x0, None, **more)
+
+
+def column(study, name):
+  return np.array([row[name] for row in study.rows])
+
+
+def test_the_exact_map_has_no_error_and_a_wrong_one_its_own():
+  def off(params, x, t, cond, *, key=None):
+    return constant_along_the_ode_of(GAUSSIAN)(params, x, t, cond) + 0.1
+
+  for f, error in ((constant_along_the_ode_of(GAUSSIAN), 0.0), (off, 0.1)):
+    study = studies.map_error(subject(f), oracle=GAUSSIAN, count=3, samples=64)
+    np.testing.assert_allclose(column(study, 'rms_error'), error, atol=1e-5)
+  # A map of N(0, std^2) has about that spread around its mean.
+  np.testing.assert_allclose(column(study, 'rms_error_of_mean'), STD, rtol=0.2)
+
+
+def test_the_map_of_the_data_has_no_defect_but_its_estimates_scatter():
+  f = constant_along_the_ode_of(oracles.points(np.asarray(FEW)))
+  study = studies.tangents(
+    subject(f), lowest=0.05, highest=2.0, count=4, samples=16, draws=16, subset=4
+  )
+  assert np.max(column(study, 'defect')) < 1e-3  # float32 through 256 steps of RK4
+  assert np.max(column(study, 'stable')) < 1e-3  # the subset is all there is
+  assert 'teacher' not in study.ys
+
+
+def test_the_scatter_of_a_gaussian_has_its_closed_form():
+  x0 = STD * jax.random.normal(jax.random.key(0), (20_000, 2))
+  f = constant_along_the_ode_of(GAUSSIAN)
+
+  def teacher(params, x, t, cond, *, key=None):
+    return oracles.denoiser(GAUSSIAN, x, t)
+
+  study = studies.tangents(
+    subject(f, x0, teacher=teacher),
+    lowest=0.2,
+    highest=2.0,
+    count=3,
+    samples=64,
+    draws=32,
+    subset=100,
+  )
+  t = column(study, 't')
+  exact = t * STD * np.sqrt(STD**2 + 0.002**2) / (STD**2 + t**2)
+  # 64 x 32 x 2 draws: two per cent, and as much from the finite data.
+  np.testing.assert_allclose(column(study, 'conditional'), exact, rtol=0.06)
+  assert np.all(column(study, 'stable') < 0.5 * exact)
+  assert np.all(column(study, 'teacher') < 0.1 * exact)  # the data's mean is not its
+
+
+def test_normalised_tangents_of_one_example_have_its_direction():
+  study = studies.normalised_bias(
+    subject(still, FEW[:1]), count=3, samples=8, draws=8, c=0.0
+  )
+  np.testing.assert_allclose(column(study, 'length'), 1.0, rtol=1e-4)  # float32
+  np.testing.assert_allclose(column(study, 'cosine'), 1.0, rtol=1e-4)
+
+
+def test_normalised_tangents_are_biased_where_the_posterior_is_skewed():
+  lopsided = jnp.asarray([[0.0, 0.0]] * 9 + [[1.0, 0.0]])
+  f = constant_along_the_ode_of(oracles.points(np.asarray(lopsided)))
+  study = studies.normalised_bias(
+    subject(f, lopsided), lowest=5.0, highest=5.0, count=1, samples=8, draws=512
+  )
+  # Nine short steps one way and one long one back: the unit vectors' mean is 0.8.
+  np.testing.assert_allclose(column(study, 'length'), 0.8, atol=0.1)
+
+
+def test_gradient_noise_separates_what_is_known():
+  def loss(nets, batch, step, keys):
+    t = jnp.where(jnp.arange(len(batch.x0)) % 2 == 0, 0.01, 10.0)
+    signal = jnp.where(t < 1, 3.0, 0.0)
+    noise = jnp.where(step % 2 == 0, 1.0, -1.0)
+    return core.LossOut((signal + noise) * nets.online[0], {'t': t})
+
+  study = studies.gradient_noise(
+    subject(
+      still,
+      params=jnp.ones(1),
+      loss=loss,
+      batch=lambda step: core.Batch(jnp.zeros((8, 2)), None),
+    ),
+    bins=4,
+    batches=64,
+  )
+  assert len(study.rows) == 2
+  np.testing.assert_allclose(column(study, 'share'), 0.5)
+  np.testing.assert_allclose(column(study, 'noise'), 0.5, rtol=0.02)  # half the batch
+  np.testing.assert_allclose(column(study, 'signal'), [1.5, 0.0], atol=1e-2)
+  np.testing.assert_allclose(column(study, 't'), [0.01, 10.0], rtol=1e-3)
+
+
+@pytest.fixture(scope='module')
+def network():
+  """A small smooth model in any dtype, and weights for it."""
+
+  def small(dtype):
+    return mlp.mlp(width=16, blocks=1, embedding=8, noise_scale=4.0, dtype=dtype)
+
+  def build(dtype):
+    return precond.edm(small(dtype))
+
+  net = small('float32')
+  inputs = jnp.zeros((1, 2)), jnp.zeros(1), None
+  shapes = jax.eval_shape(net.init, jax.random.key(0), *inputs)
+  draw = np.random.default_rng(0)
+  params = jax.tree.map(
+    lambda a: jnp.asarray(0.3 * draw.normal(size=a.shape), jnp.float32), shapes
+  )
+  return build, params
+
+
+def test_the_jvp_is_exact_and_differences_are_not(network):
+  build, params = network
+  study = studies.jvp_precision(
+    subject(build('float32'), params=params, in_dtype=build), steps=(1e-2, 1e-4)
+  )
+  jvp, wide, narrow = column(study, 'float32')
+  assert jvp < 1e-5 < min(wide, narrow)  # rounding only, against h^2 and rounding / h
+  assert jvp < column(study, 'bfloat16')[0] < 0.3
+
+
+def test_discrete_gradients_go_to_their_limits(network):
+  build, params = network
+  study = studies.discrete_limit(
+    subject(build('float32'), params=params), points=(64, 256, 1024), samples=16
+  )
+  for name in ('squared_l2', 'l2'):
+    first, second, third = column(study, name)
+    # First order, the next term of the error being as large at the first N.
+    assert 2.5 < first / second < 6
+    assert 3.2 < second / third < 5
+
+
+def test_what_a_study_lacks_is_said():
+  with pytest.raises(ValueError, match='an objective'):
+    studies.gradient_noise(subject(still))
+  with pytest.raises(ValueError, match='dtype'):
+    studies.jvp_precision(subject(still))
+
+
+def test_points_and_images_of_as_many_features_are_the_same():
+  def shrink(params, x, t, cond, *, key=None):
+    return x / expand(1 + t**2, x)
+
+  flat = studies.tangents(subject(shrink), count=2, samples=8, draws=8, subset=2)
+  shaped = jnp.reshape(FEW, (4, 1, 2, 1))
+  image = studies.tangents(
+    subject(shrink, shaped), count=2, samples=8, draws=8, subset=2
+  )
+  np.testing.assert_allclose(
+    column(flat, 'conditional'), column(image, 'conditional'), rtol=1e-4
+  )
