@@ -200,9 +200,7 @@ def require(config: ConfigDict) -> None:
   if 'config.teacher' in missing and 'config.init_from' in missing:
     missing.remove('config.init_from')  # follows the teacher
   if missing:
-    raise UserError(
-      f'{", ".join(missing)}: must be given, as in --{missing[0]}=VALUE'
-    )
+    raise UserError(f'{", ".join(missing)}: must be given, as in --{missing[0]}=VALUE')
 
 
 def _leaves(config: Any, where: str) -> Iterator[tuple[str, Any]]:

@@ -155,6 +155,8 @@ def _objective(
       raise UserError(
         f'config.teacher: {config.objective.fn} takes none; leave it empty'
       )
+    if config.teacher == configs.REQUIRED:
+      raise UserError('config.teacher: must be given, as in --config.teacher=VALUE')
     teacher = pretrained.load(config.teacher, mesh=mesh, say=logs.say)
     _check_fits(config.teacher, teacher, source)
     _check_guidance(config, teacher)

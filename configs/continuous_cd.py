@@ -14,7 +14,7 @@ import parts
 
 
 def get_config(data='digits'):
-  c = parts.distilled(data)
+  c = parts.distilled(parts.tuned(data))
   c.precond = parts.consistency_precond(0.002)
   c.samplers.two_steps.sigma_min = 0.002
   if data == 'cifar10':

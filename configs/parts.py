@@ -57,9 +57,8 @@ def tuned(data: str, **network) -> ConfigDict:
   return c
 
 
-def distilled(data: str, **network) -> ConfigDict:
-  """`tuned`, for a student of --config.teacher, from whose weights it starts."""
-  c = tuned(data, **network)
+def distilled(c: ConfigDict) -> ConfigDict:
+  """The config with a --config.teacher, from whose weights its student starts."""
   c.teacher = REQUIRED
   c.init_from = c.get_ref('teacher') + ''  # follows it until it is given itself
   return c
@@ -182,15 +181,22 @@ def two_time_precond() -> dict:
 
 def studies(data: str) -> dict:
   """What --mode=study looks at; the exact map where the data has one."""
+  levels = dict(lowest=0.01, highest=80.0, count=12)
   found = dict(
-    tangents=dict(fn='cmjax.studies:tangents'),
-    normalised_bias=dict(fn='cmjax.studies:normalised_bias'),
-    gradient_noise=dict(fn='cmjax.studies:gradient_noise'),
-    jvp_precision=dict(fn='cmjax.studies:jvp_precision'),
-    discrete_limit=dict(fn='cmjax.studies:discrete_limit'),
+    tangents=dict(
+      fn='cmjax.studies:tangents', samples=64, draws=32, subset=256, **levels
+    ),
+    normalised_bias=dict(
+      fn='cmjax.studies:normalised_bias', samples=64, draws=64, **levels
+    ),
+    gradient_noise=dict(fn='cmjax.studies:gradient_noise', bins=8, batches=16),
+    jvp_precision=dict(fn='cmjax.studies:jvp_precision', samples=32),
+    discrete_limit=dict(fn='cmjax.studies:discrete_limit', samples=64),
   )
   if data == 'toy2d':
-    return dict(map_error=dict(fn='cmjax.studies:map_error', oracle=ring())) | found
+    found['map_error'] = dict(
+      fn='cmjax.studies:map_error', oracle=ring(), samples=1024, **levels
+    )
   return found
 
 

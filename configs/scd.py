@@ -12,23 +12,15 @@ Measured:  MEASURED
 """
 
 import parts
+import sct
 
 
 def get_config(data='digits'):
-  c = parts.distilled(data, **parts.trigflow_network(data), log_weight=True)
-  c.precond = parts.trigflow_precond()
-  warmup_images = c.total_images // 4
+  c = parts.distilled(sct.get_config(data))
+  c.objective.fn = 'cmjax.objectives.trigflow:scd'
+  with c.unlocked():
+    c.objective.guidance = 1.0
   if data == 'cifar10':
     c.network.dropout = 0.0
     c.total_images = 500_000 * c.batch_size
-    c.optimizer = parts.radam(parts.constant(1e-4), b2=0.99)
-    c.ema = dict(slow=parts.half_life(500_000))
-    warmup_images = 10_000 * c.batch_size
-  c.objective = dict(
-    fn='cmjax.objectives.trigflow:scd',
-    times=parts.lognormal(-1.0, 1.4),
-    warmup=parts.warmup(1.0, warmup_images=warmup_images),
-    normaliser=0.1,
-    guidance=1.0,
-  )
   return c

@@ -16,6 +16,7 @@ import parts
 
 
 def get_config(data='digits'):
+  data, phased, _ = data.partition('_phased')
   c = ect.get_config(data)
   per_class = 2_000 if data == 'toy2d' else 0  # 0: all
   c.reference = dict(fn='cmjax.data:reference', per_class=per_class, seed=0)
@@ -23,7 +24,16 @@ def get_config(data='digits'):
     c.objective.fn = 'cmjax.objectives.discrete:stable_ct'
     c.objective.threshold = {'toy2d': 0.08, 'digits': 0.43}.get(data, 3.0)
     c.objective.block = 1_000
-    c.objective.edges = ()
+    c.objective.edges = (0.3, 1.5, 8.0) if phased else ()
   c.objective.gap.smooth = True
   c.objective.distance = parts.pseudo_huber(0.0)
+  if phased:
+    c.samplers = dict(
+      four_steps=dict(
+        fn='cmjax.samplers:phased',
+        edges=c.objective.edges,
+        sigma_max=80.0,
+        skip=0.9,
+      )
+    )
   return c

@@ -11,23 +11,12 @@ Expected:  nothing published for the squared norm
 Measured:  MEASURED
 """
 
-import parts
+import continuous_cd
 
 
 def get_config(data='digits'):
-  c = parts.distilled(data)
-  c.precond = parts.consistency_precond(0.002)
-  c.samplers.two_steps.sigma_min = 0.002
+  c = continuous_cd.get_config(data)
+  c.objective.fn = 'cmjax.objectives.continuous:theorem3'
   if data == 'cifar10':
-    c.network.dropout = 0.3
-    c.total_images = 800_000 * c.batch_size
-    c.optimizer = parts.radam(parts.constant(1e-3))
-    c.ema = dict(slow=parts.constant(0.9999))
-  c.objective = dict(
-    fn='cmjax.objectives.continuous:theorem3',
-    times=parts.karras_uniform(),
-    distance=parts.squared_l2(),
-    weighting=parts.weighting('uniform'),
-    guidance=1.0,
-  )
+    c.optimizer.learning_rate.value = 1e-3
   return c

@@ -10,23 +10,14 @@ Expected:  cifar10: the "l2" curve of their figure 7 (a number is not printed)
 Measured:  MEASURED
 """
 
+import continuous_cd
 import parts
 
 
 def get_config(data='digits'):
-  c = parts.distilled(data)
-  c.precond = parts.consistency_precond(0.002)
-  c.samplers.two_steps.sigma_min = 0.002
+  c = continuous_cd.get_config(data)
+  c.objective.fn = 'cmjax.objectives.continuous:theorem4'
+  c.objective.distance = parts.pseudo_huber(0.0)
   if data == 'cifar10':
-    c.network.dropout = 0.3
-    c.total_images = 800_000 * c.batch_size
-    c.optimizer = parts.radam(parts.constant(1e-3))
-    c.ema = dict(slow=parts.constant(0.9999))
-  c.objective = dict(
-    fn='cmjax.objectives.continuous:theorem4',
-    times=parts.karras_uniform(),
-    distance=parts.pseudo_huber(0.0),
-    weighting=parts.weighting('uniform'),
-    guidance=1.0,
-  )
+    c.optimizer.learning_rate.value = 1e-3
   return c

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs the tests; arguments go to pytest. Needs Python >= 3.11.
+# Runs the tests, a file a core at a time; arguments go to pytest. Needs Python >= 3.11.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
-exec python -m pytest "$@"
+exec python -m pytest -n auto --dist loadfile "$@"

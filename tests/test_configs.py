@@ -17,7 +17,7 @@ FILES = sorted(
 )
 DATA = ('toy2d', 'digits', 'cifar10')
 CONFIGS = [f'{path.stem}.py:{name}' for path in FILES for name in DATA]
-CONFIGS.append('ect.py:cifar10_1h')
+CONFIGS += ['ect.py:cifar10_1h', 'stable_ct.py:cifar10_phased']
 SMALLER = {
   'cmjax.networks.mlp:mlp': dict(width=16, blocks=1, embedding=8),
   'cmjax.networks.songunet:songunet': dict(

@@ -95,7 +95,7 @@ def assert_first_order(found):
   assert found[2] <= 1e-3
 
 
-def pairs_at(model, field_name, n):
+def pairs_at(field_name, n):
   """Both points of the pairs of an n-point grid, upper and lower."""
   x0, z, u = draws()
   upper, lower = clock(u + 1 / (n - 1)), clock(u)
@@ -128,17 +128,18 @@ def limit_at(model, kernel, field_name, metric, power):
   return jax.jit(jax.value_and_grad(value))(params)
 
 
-def live_pair(model, metric, field_name, n):
-  """The discrete loss with both networks live, L(theta, theta)."""
+def live_pairs(model, metric, field_name):
+  """The discrete loss with both networks live, L(theta, theta), for each N."""
   f, params = model
-  field, x_t, t, r = pairs_at(model, field_name, n)
-  x_r = solvers.euler(field, x_t, t, r)
 
-  def value(params):
+  def value(params, n):
+    field, x_t, t, r = pairs_at(field_name, n)
+    x_r = solvers.euler(field, x_t, t, r)
     pair = (f(params, x, s, None) for x, s in ((x_t, t), (x_r, r)))
     return jnp.sum(METRICS[metric](*pair))
 
-  return jax.jit(jax.value_and_grad(value))(params)
+  both = jax.jit(jax.value_and_grad(value))
+  return [both(params, float(n)) for n in SIZES]
 
 
 @pytest.mark.parametrize(
@@ -147,17 +148,17 @@ def live_pair(model, metric, field_name, n):
 )
 def test_theorems_3_and_4_value_and_gradient(metric, degree, model):
   value, gradient = limit_at(model, continuous.true_loss, 'teacher', metric, degree)
-  found = [live_pair(model, metric, 'teacher', n) for n in SIZES]
+  found = live_pairs(model, metric, 'teacher')
   for limit, values in zip((value, gradient), zip(*found)):
     scaled = [(n - 1.0) ** degree * flat(v) for n, v in zip(SIZES, values)]
     assert_first_order(distances_to(limit, scaled))
 
 
-def discrete_gradient(model, metric, field_name, n):
+def discrete_gradients(model, metric, field_name):
   f, params = model
-  field, x_t, t, r = pairs_at(model, field_name, n)
 
-  def value(params):
+  def value(params, n):
+    field, x_t, t, r = pairs_at(field_name, n)
     out = discrete.pair(
       f,
       core.Nets(params),
@@ -173,24 +174,24 @@ def discrete_gradient(model, metric, field_name, n):
     )
     return jnp.sum(out.loss)
 
-  return jax.jit(jax.grad(value))(params)
+  gradient = jax.jit(jax.grad(value))
+  return [gradient(params, float(n)) for n in SIZES]
 
 
 @pytest.mark.parametrize('field_name', ['teacher', 'conditional'])
 @pytest.mark.parametrize('metric', ['squared_l2', 'features'])
 def test_theorems_5_and_6_gradient(metric, field_name, model):
   _, limit = limit_at(model, continuous.pseudo_loss, field_name, metric, power=1)
-  found = [
-    (n - 1) * flat(discrete_gradient(model, metric, field_name, n)) for n in SIZES
-  ]
-  assert_first_order(distances_to(limit, found))
+  found = discrete_gradients(model, metric, field_name)
+  scaled = [(n - 1) * flat(gradient) for n, gradient in zip(SIZES, found)]
+  assert_first_order(distances_to(limit, scaled))
 
 
 @pytest.mark.parametrize('metric', ['l2', 'l1'])
 def test_the_limit_of_a_norm_is_its_gradient_at_the_tangent(metric, model):
   """For l2: ECT's metric becomes sCM's tangent normalisation."""
   _, limit = limit_at(model, continuous.pseudo_loss, 'conditional', metric, power=0)
-  found = [discrete_gradient(model, metric, 'conditional', n) for n in SIZES]
+  found = discrete_gradients(model, metric, 'conditional')
   if metric == 'l2':
     assert_first_order(distances_to(limit, found))
   else:  # a sign may flip in a small row; what is left falls with their number

@@ -1,4 +1,4 @@
-"""Key streams and the two shape helpers."""
+"""Key streams, labels left out, and the two shape helpers."""
 
 import itertools
 
@@ -28,6 +28,31 @@ def test_streams_are_equal_for_equal_step_traced_or_not():
   traced = jax.jit(core.streams)(jax.random.key(0), jnp.int32(5))
   assert set(plain) == {'time', 'noise', 'dropout', 'label'}
   assert bits(plain) == bits(traced) == bits(core.streams(jax.random.key(0), 5))
+
+
+def test_labels_are_dropped_in_their_share_of_the_rows():
+  n, share = 10_000, 0.3
+  cond = jnp.tile(jnp.eye(4), (n // 4, 1))
+  found = core.drop_labels(cond, jax.random.key(0), share)
+  dropped = np.all(np.asarray(found) == 0, axis=1)
+  np.testing.assert_array_equal(found[~dropped], cond[~dropped])  # whole rows or none
+  # Binomial, 4.5 standard deviations; and no label more than another.
+  assert abs(dropped.sum() - share * n) < 4.5 * np.sqrt(n * share * (1 - share))
+  each = dropped.reshape(-1, 4).sum(axis=0)
+  assert np.all(np.abs(each - share * n / 4) < 4.5 * np.sqrt(n / 4 * share * 0.7))
+  again = core.drop_labels(cond, jax.random.key(0), share)
+  np.testing.assert_array_equal(found, again)
+
+
+def test_no_label_is_dropped_without_a_share():
+  cond = jnp.eye(3)
+  assert core.drop_labels(cond, jax.random.key(0), 0) is cond
+  assert core.drop_labels(None, jax.random.key(0), 0.0) is None
+
+
+def test_labels_that_are_not_there_cannot_be_dropped():
+  with pytest.raises(ValueError, match=r'label_dropout=0\.1 needs labels'):
+    core.drop_labels(None, jax.random.key(0), 0.1)
 
 
 @pytest.mark.parametrize('shape', [(3,), (3, 2), (3, 4, 4, 1)])

@@ -87,6 +87,20 @@ def test_shares_of_processes_are_the_batch_of_one(processes, flip):
     np.testing.assert_array_equal(np.concatenate([b.cond for b in shares]), whole.cond)
 
 
+@pytest.mark.parametrize('flip', [False, True])
+def test_a_batch_says_which_examples_it_holds(flip):
+  s = source(flip=flip)
+  for step in (0, 1, 5):  # step 1 crosses an epoch: 10 examples, 8 a batch
+    batch = data.batch_at(s, 0, step, 8)
+    assert (batch.index.shape, batch.index.dtype) == ((8,), np.int32)
+    plain = data.as_x0(s, s.examples[batch.index])
+    mirrored = plain[:, :, ::-1] if flip else plain
+    for x0, *either in zip(batch.x0, plain, mirrored):
+      assert any(np.array_equal(x0, stored) for stored in either)
+    shares = [data.batch_at(s, 0, step, 8, i, 2).index for i in range(2)]
+    np.testing.assert_array_equal(np.concatenate(shares), batch.index)
+
+
 def test_flip_mirrors_half_of_the_images_left_to_right():
   plain, flipped = source(n=200), source(n=200, flip=True)
   a = data.batch_at(plain, 0, 0, 200).x0
@@ -151,6 +165,70 @@ def test_points_are_the_oracle_s_samples_and_have_no_range():
   assert gap.max() < 0.06  # six standard deviations of the modes
   wild = np.array([[-50.0, 50.0]], np.float32)
   np.testing.assert_array_equal(data.clip(s, data.as_x0(s, wild)), wild)
+
+
+# The reference set -----------------------------------------------------------------
+
+LABELS = np.array([2, 0, 2, 1, 2, 0, 2])  # class 3 has no example
+
+
+def labelled(**changes):
+  s = source(n=len(LABELS), conditional=False)
+  return s._replace(labels=LABELS, classes=4, **changes)
+
+
+def test_a_reference_holds_every_example_once_in_the_bucket_of_its_class():
+  s = labelled()
+  found = data.reference(s)
+  assert found.examples.shape == (4, 4, *s.shape)  # as wide as the largest class
+  assert found.examples.dtype == s.examples.dtype
+  np.testing.assert_array_equal(found.counts, [2, 1, 4, 0])
+  assert found.slots.dtype == found.counts.dtype == np.int32
+  for i, (label, slot) in enumerate(zip(LABELS, found.slots)):
+    assert 0 <= slot < found.counts[label]
+    np.testing.assert_array_equal(found.examples[label, slot], s.examples[i])
+  taken = set(zip(LABELS, found.slots))
+  assert len(taken) == len(LABELS)
+  for bucket, count in zip(found.examples, found.counts):
+    assert not np.any(bucket[count:])  # filled up with zeros
+
+
+def test_a_reference_turns_what_is_stored_into_x0_as_a_batch_does():
+  for s in (labelled(), data.digits(), data.points(oracle=oracles.ring(), samples=9)):
+    found = data.reference(s)
+    stored = found.examples[0, found.slots[0]] if s.labels is None else s.examples[0]
+    x0 = (stored.astype(np.float32) - found.offset) * found.scale
+    np.testing.assert_array_equal(x0, data.as_x0(s, s.examples[:1])[0])
+
+
+def test_a_reference_without_labels_is_one_bucket():
+  s = source(conditional=False)
+  found = data.reference(s)
+  np.testing.assert_array_equal(found.examples, s.examples[None])
+  np.testing.assert_array_equal(found.counts, [10])
+  np.testing.assert_array_equal(found.slots, np.arange(10))
+
+
+def test_a_reference_of_a_few_a_class_is_drawn_by_its_seed():
+  s = labelled()
+  found = data.reference(s, per_class=2, seed=1)
+  np.testing.assert_array_equal(found.counts, [2, 1, 2, 0])  # all, of smaller classes
+  for label, count in enumerate(found.counts):
+    of_class = np.flatnonzero(np.equal(LABELS, label))
+    kept = of_class[found.slots[of_class] >= 0]
+    assert len(kept) == count
+    for i in kept:
+      stored = found.examples[label, found.slots[i]]
+      np.testing.assert_array_equal(stored, s.examples[i])
+  again = data.reference(s, per_class=2, seed=1)
+  np.testing.assert_array_equal(found.slots, again.slots)
+  drawn = {tuple(data.reference(s, per_class=2, seed=i).slots >= 0) for i in range(20)}
+  assert len(drawn) == 6  # all pairs of the four of class 2
+
+
+def test_a_reference_of_a_negative_number_is_refused():
+  with pytest.raises(ValueError, match='per_class=-1'):
+    data.reference(labelled(), per_class=-1)
 
 
 # Your own data ---------------------------------------------------------------------

@@ -84,6 +84,40 @@ def test_curvature_at_equal_points_is_that_of_the_limit(distance, curvature, x64
   np.testing.assert_allclose(product, curvature * direction, rtol=1e-12)
 
 
+@pytest.mark.parametrize('name', DISTANCES)
+def test_distance_grows_near_equal_points_with_its_degree(name, x64):
+  distance, _ = DISTANCES[name]
+  a, direction = two((3, 7))
+  near, nearer = (distance(a + h * direction, a) for h in (1e-4, 1e-5))
+  growth = np.full(3, 10.0**distance.degree)
+  # Of pseudo-Huber the next term is of the relative size |h v|^2 / 4 c^2 ~ 1e-5.
+  np.testing.assert_allclose(near / nearer, growth, rtol=1e-4)
+
+
+def test_the_degree_of_pseudo_huber_falls_to_one_without_c():
+  assert distances.pseudo_huber(c=0.0).degree == distances.l1().degree == 1
+  assert distances.pseudo_huber(c=1e-9).degree == distances.squared_l2().degree == 2
+
+
+def test_a_negative_c_is_refused():
+  with pytest.raises(ValueError, match=r'c must not be negative, got -0\.03'):
+    distances.pseudo_huber(c=-0.03)
+
+
+@pytest.mark.parametrize(
+  ('t', 'snr', 'inverse'),
+  [(0.002, 250_000, 500), (0.1, 100, 10), (0.5, 4, 2), (1, 1, 1), (5, 1, 0.2)],
+)
+def test_truncated_snr_and_inverse_time_look_at_t_alone(t, snr, inverse, x64):
+  t = jnp.full(2, t, jnp.float64)
+  r = jnp.array([0.0, 0.001])
+  for weighting, weight in (
+    (distances.truncated_snr(), snr),
+    (distances.inverse_time(), inverse),
+  ):
+    np.testing.assert_allclose(weighting(t, r), np.full(2, weight), rtol=1e-12)
+
+
 def test_uniform_weighting_is_one_everywhere():
   t = jnp.array([0.002, 1.0, 80.0])
   np.testing.assert_array_equal(distances.uniform()(t, t / 2), np.ones(3))

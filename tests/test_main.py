@@ -26,6 +26,7 @@ SMALL = [
   '--config.every.log_steps=1',
   '--config.every.picture_steps=0',
 ]
+SAME_NETWORK = [option for option in SMALL if 'config.network' in option]
 ECT = '--config=configs/ect.py:digits'
 # Below, @ stands for where these runs lie.
 NEW, TRAINED, EMPTY = '--workdir=@/NEW', '--workdir=@/TRAINED', '--workdir=@/EMPTY'
@@ -61,7 +62,7 @@ MISTAKES = {
   ),
   'refused by a part': (
     [*SMALL, NEW, '--config.samplers.heun.solver=rk'],
-    r"config\.samplers\.heun: .*solver='rk'",
+    r"config\.samplers\.heun: solver must be 'euler' or 'heun', got 'rk'",
   ),
   'workdir of another run': (
     [*SMALL, TRAINED, '--config.seed=3'],
@@ -113,6 +114,85 @@ MISTAKES = {
     [*SMALL, NEW, '--config.every.picture_steps=-1'],
     r'config\.every\.picture_steps: must not be negative, got -1',
   ),
+  'distillation without a teacher': (
+    ['--config=configs/cd.py:digits', NEW],
+    r'^cmjax: config\.teacher: must be given',
+  ),
+  'no such data': (
+    ['--config=configs/ict.py:imagenet', NEW],
+    r"no data 'imagenet'; there are toy2d, digits, cifar10",
+  ),
+  'r not below t': (
+    [ECT, NEW, '--config.init_from=@/TRAINED', '--config.objective.k=-20'],
+    r'config\.objective: needs pairs with 0 <= r < t, and draws r=',
+  ),
+  'r that would round to t': (
+    [ECT, NEW, '--config.init_from=@/TRAINED', '--config.objective.gap.q=200'],
+    r'objective\.gap: the gap falls to 200.*, and r would round to t',
+  ),
+  'a metric without curvature in Theorem 3': (
+    [
+      '--config=configs/theorem3.py:digits',
+      NEW,
+      *SAME_NETWORK,
+      '--config.teacher=@/TRAINED',
+      '--config.objective.distance.fn=cmjax.distances:l1',
+    ],
+    r'config\.objective: Theorem 3 needs a metric that has second derivatives',
+  ),
+  'a weighting without a limit': (
+    [
+      '--config=configs/continuous_ct.py:digits',
+      NEW,
+      '--config.init_from=@/TRAINED',
+      '--config.objective.weighting.fn=cmjax.distances:inverse_gap',
+    ],
+    r'config\.objective: the weighting vanishes where r = t',
+  ),
+  'another form of model': (
+    ['--config=configs/sct.py:digits', NEW, '--config.init_from=@/TRAINED'],
+    r'TRAINED was trained through cmjax\.precond:edm, and weights mean something else',
+  ),
+  'sCM of an EDM model': (
+    [
+      '--config=configs/sct.py:digits',
+      NEW,
+      '--config.init_from=@/TRAINED',
+      '--config.precond.fn=cmjax.precond:edm',
+    ],
+    r'config\.objective: needs config\.precond\.fn=cmjax\.precond:trigflow',
+  ),
+  'MeanFlow of one time': (
+    ['--config=configs/meanflow.py:digits', NEW, '--config.network.clocks=1'],
+    r'config\.precond: .* set config\.network\.clocks=2',
+  ),
+  'guidance of a teacher that always had labels': (
+    [
+      '--config=configs/cd.py:digits',
+      NEW,
+      *SAME_NETWORK,
+      '--config.teacher=@/TRAINED',
+      '--config.objective.guidance=2.0',
+    ],
+    r'config\.objective\.guidance: .*TRAINED never went without a label',
+  ),
+  'guidance without dropped labels': (
+    ['--config=configs/meanflow.py:digits', NEW, '--config.objective.guidance=2.0'],
+    r'guidance=2\.0 needs label_dropout > 0',
+  ),
+  'edges that do not ascend': (
+    [
+      '--config=configs/stable_ct.py:digits',
+      NEW,
+      '--config.init_from=@/TRAINED',
+      '--config.objective.edges=(2.0,1.0)',
+    ],
+    r'config\.objective: edges must ascend from above zero',
+  ),
+  'more stages than steps': (
+    ['--config=configs/ict.py:digits', NEW, '--config.total_images=300'],
+    r'config\.objective\.bins: 5 stages do not fit 2 steps',
+  ),
   'no such dtype': (
     [*SMALL, NEW, '--config.network.dtype=float31'],
     r'network.*float31',
@@ -130,6 +210,17 @@ MISTAKES = {
 }
 # What goes well; the first two each in a copy of the trained run.
 COMMANDS = {
+  'study': [
+    *SMALL,
+    '--mode=study',
+    '--workdir=@/STUDIED',
+    '--config.studies.tangents.count=2',
+    '--config.studies.tangents.samples=8',
+    '--config.studies.normalised_bias.count=2',
+    '--config.studies.gradient_noise.batches=2',
+    '--config.studies.jvp_precision.samples=4',
+    '--config.studies.discrete_limit.samples=4',
+  ],
   'sample': ['--mode=sample', '--workdir=@/SAMPLED'],
   'evaluate': ['--mode=evaluate', '--workdir=@/EVALUATED'],
   'dry run': [*SMALL, '--mode=dry_run'],
@@ -204,7 +295,7 @@ def listing(folder):
 def answers(place, trained):
   """Exit code, output and error output of each command; what was there before all."""
   (place / 'EMPTY').mkdir()
-  for copy in ('SAMPLED', 'EVALUATED'):
+  for copy in ('SAMPLED', 'EVALUATED', 'STUDIED'):
     shutil.copytree(trained[0], place / copy)
   (place / 'SAMPLED' / 'samples' / 'step_00000003').mkdir(parents=True)
   for suffix in ('.json', '.md'):
@@ -253,6 +344,7 @@ def test_nothing_is_touched_but_what_the_commands_write(answers, place):
     ('SAMPLED', 'samples'),
     ('EVALUATED', 'evaluation_00000003_2.json'),
     ('EVALUATED', 'evaluation_00000003_2.md'),
+    ('STUDIED', 'studies'),
   }
   assert {name: after.get(name) for name in before} == before
 
@@ -277,7 +369,7 @@ def test_an_evaluation_is_a_table_of_those_samples_beside_earlier_ones(answers, 
   code, out, err = answers[0]['evaluate']
   assert code == 0, err
   found = json.loads((place / 'EVALUATED' / 'evaluation_00000003_2.json').read_text())
-  (row,) = found['rows']
+  row, _ = found['rows']
   assert (row['sampler'], row['evaluations'], row['samples']) == ('heun', 35, 32)
   assert 0 <= row['label_agreement'] <= 1
   assert (found['data'], found['step']) == ('digits (scikit-learn, 8x8)', 3)
@@ -292,6 +384,28 @@ def test_an_evaluation_is_a_table_of_those_samples_beside_earlier_ones(answers, 
   assert '| sampler | evaluations | samples |' in text
   assert f'| heun | 35 | 32 | {row["pixel_frechet"]:.3f} |' in text
   assert 'digits (scikit-learn, 8x8), step 3, weights slow, seed 1' in text
+  assert text in out
+
+
+def test_a_study_is_tables_and_pictures(answers, place):
+  code, out, err = answers[0]['study']
+  assert code == 0, err
+  folder = place / 'STUDIED' / 'studies' / 'step_00000003'
+  found = json.loads((folder / 'study.json').read_text())
+  text = (folder / 'study.md').read_text()
+  assert set(found['studies']) == {
+    'tangents',
+    'normalised_bias',
+    'gradient_noise',
+    'jvp_precision',
+    'discrete_limit',
+  }
+  for name, rows in found['studies'].items():
+    assert rows
+    assert f'![]({name}.png)' in text
+    with Image.open(folder / f'{name}.png') as picture:
+      assert min(picture.size) > 100
+  assert [row['t'] for row in found['studies']['tangents']] == [0.01, 80.0]
   assert text in out
 
 

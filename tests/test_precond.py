@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cmjax import core, oracles, precond
+from cmjax import core, oracles, precond, process
+from cmjax.core import expand
 
 # t, c_in, consistency c_skip and c_out, EDM c_skip and c_out, c_noise: in float64, for
 # sigma_data = 0.5 and sigma_min = 0.002.
@@ -93,3 +94,137 @@ def test_parameters_label_and_key_reach_the_network_unchanged():
   assert seen['key'] is key
   assert seen['cond'] is cond
   np.testing.assert_allclose(seen['c_noise'], np.log([0.5, 2.0]) / 4, rtol=1e-6)
+
+
+# TrigFlow --------------------------------------------------------------------------
+
+
+def mixing(params, x, t, cond, *, key=None):
+  """A network that answers by x, t and label."""
+  return jnp.sin(3 * x) + expand(jnp.sin(t), x) + cond[:, :1]
+
+
+@pytest.fixture
+def noisy(x64):
+  """x of the VE process, noise levels from small to large, and labels."""
+  t = jnp.array([1e-3, 0.1, 0.5, 2.0, 80.0])
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 3)))
+  return x * jnp.sqrt(0.25 + t[:, None] ** 2), t, jnp.eye(5)
+
+
+@pytest.mark.parametrize('sigma_data', [0.3, 0.5])
+def test_trigflow_is_written_out_at_its_own_clock(sigma_data, noisy):
+  x, t, cond = noisy
+  model = precond.trigflow(core.Network(None, mixing), sigma_data=sigma_data)
+  angle = np.arctan(np.asarray(t) / sigma_data)[:, None]
+  there = np.cos(angle) * np.asarray(x)  # cos x0 + sin sigma_data z
+  raw = np.sin(3 * there / sigma_data) + np.sin(angle) + np.asarray(cond)[:, :1]
+  expected = np.cos(angle) * there - np.sin(angle) * sigma_data * raw
+  # A few float64 operations on numbers up to 80.
+  np.testing.assert_allclose(model(None, x, t, cond), expected, rtol=1e-11, atol=1e-13)
+
+
+def test_trigflow_is_edm_with_the_sign_of_the_network_turned(noisy):
+  x, t, cond = noisy
+
+  def blind(sign):  # the two tell a network the noise level differently
+    return core.Network(
+      None, lambda params, x, t, cond, *, key=None: sign * jnp.sin(3 * x)
+    )
+
+  found = precond.trigflow(blind(-1), sigma_data=0.4)(None, x, t, cond)
+  expected = precond.edm(blind(1), sigma_data=0.4)(None, x, t, cond)
+  np.testing.assert_allclose(found, expected, rtol=1e-11, atol=1e-13)  # as above
+
+
+def test_trigflow_asks_its_network_for_angles_of_data_of_deviation_one():
+  seen, key = {}, jax.random.key(0)
+  x, t, cond = 2 * jnp.ones((2, 3)), jnp.array([0.5, 1e4]), jnp.eye(2)
+  precond.trigflow(network(1.0, seen))('params', x, t, cond, key=key)
+  assert seen['params'] == 'params'
+  assert seen['cond'] is cond
+  assert seen['key'] is key
+  np.testing.assert_allclose(seen['c_noise'], [np.pi / 4, np.pi / 2], atol=1e-4)
+  cosine = np.cos(seen['c_noise'])[:, None]
+  np.testing.assert_allclose(seen['x'], 2 * cosine * np.ones((1, 3)) / 0.5, rtol=1e-5)
+
+
+@pytest.mark.parametrize('build', [precond.trigflow, precond.edm])
+def test_the_slope_at_the_boundary_is_the_network_s(build, x64):
+  # f(x, t) = x - t c F + O(t^2): what the boundary leaves to the network.
+  x, t = jnp.ones((1, 2)), jnp.full(1, 1e-6)
+  slope = (build(network(0.7))(None, x, t, None) - x) / 1e-6
+  np.testing.assert_allclose(np.abs(slope), np.full((1, 2), 0.7), rtol=1e-5)
+
+
+# Two times -------------------------------------------------------------------------
+
+
+def two_clocks(params, x, clocks, cond, *, key=None):
+  t, length = clocks[:, :1], clocks[:, 1:]
+  return jnp.sin(3 * x) + t**2 + 2 * length + cond[:, :1]
+
+
+def test_two_time_moves_along_its_average_velocity_at_the_linear_clock(noisy):
+  x, t, cond = noisy
+  s = jnp.array([0.0, 0.05, 0.5, 0.4, 3.0])
+  model = precond.two_time(core.Network(None, two_clocks, clocks=2))
+  at, then = (np.asarray(v / (1 + v))[:, None] for v in (t, s))
+  there = (1 - at) * np.asarray(x)  # (1 - t) x0 + t z
+  raw = np.sin(3 * there) + at**2 + 2 * (at - then) + np.asarray(cond)[:, :1]
+  expected = (there - (at - then) * raw) / (1 - then)
+  found = model.move(None, x, t, s, cond)
+  # A few float64 operations; 1 - at is 1 / 81 at the largest noise level.
+  np.testing.assert_allclose(found, expected, rtol=1e-11, atol=1e-13)
+  clean = model.move(None, x, t, jnp.zeros(5), cond)
+  np.testing.assert_array_equal(model(None, x, t, cond), clean)
+
+
+def test_two_time_stays_where_it_is_without_a_way_to_go(noisy):
+  x, t, cond = noisy
+  model = precond.two_time(core.Network(None, two_clocks, clocks=2))
+  # (x (1 - t)) / (1 - t) rounds.
+  np.testing.assert_allclose(model.move(None, x, t, t, cond), x, rtol=1e-14)
+
+
+def test_two_time_of_the_exact_average_velocity_is_the_exact_map(noisy):
+  x, t, cond = noisy
+  oracle = oracles.gaussian(np.array([0.3, -0.2, 0.1]), 0.4)
+
+  def apply(params, x, clocks, cond, *, key=None):
+    at, then = clocks[:, 0], clocks[:, 0] - clocks[:, 1]
+    y, level = process.change_clock(process.LINEAR, process.VE, x, at)
+    lower = then / (1 - then)
+    mean = jnp.asarray(oracle.means)
+    shrink = jnp.sqrt((0.4**2 + lower**2) / (0.4**2 + level**2))
+    y = mean + expand(shrink, y) * (y - mean)
+    moved, _ = process.change_clock(process.VE, process.LINEAR, y, lower)
+    return (x - moved) / clocks[:, 1:]
+
+  model = precond.two_time(core.Network(None, apply, clocks=2))
+  # Differences of times of 1e-3 cost three digits of float64, and 1 / 81 two.
+  exact = oracles.consistency(oracle, x, t, s=0.0)
+  np.testing.assert_allclose(model(None, x, t, cond), exact, rtol=1e-9, atol=1e-11)
+  for s in (0.0, 1e-4, 5e-4):
+    exact = oracles.consistency(oracle, x, t, s=s)
+    found = model.move(None, x, t, jnp.full(5, s), cond)
+    np.testing.assert_allclose(found, exact, rtol=1e-9, atol=1e-11)
+
+
+# Clocks ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ('build', 'clocks', 'needed'),
+  [
+    (precond.edm, 2, 1),
+    (precond.consistency, 2, 1),
+    (precond.trigflow, 2, 1),
+    (precond.two_time, 1, 2),
+    (precond.two_time, 3, 2),
+  ],
+)
+def test_a_network_of_other_clocks_is_refused(build, clocks, needed):
+  told = rf'{needed} time\(s\), got {clocks}; set config\.network\.clocks={needed}'
+  with pytest.raises(ValueError, match=told):
+    build(core.Network(None, mixing, clocks=clocks))

@@ -16,9 +16,9 @@ from tests.conftest import ROOT
 SAVED_STEPS = (4, 9)
 
 
-def small_config(width=16):
+def small_config(width=16, **network):
   config = configs.load(ROOT / 'configs' / 'edm.py:digits')
-  config.network.update(width=width, blocks=1, embedding=8)
+  config.network.update(width=width, blocks=1, embedding=8, **network)
   return config
 
 
@@ -160,6 +160,45 @@ def test_load_weights_gives_those_sampled_from_and_their_config(saved):
   assert jax.tree.structure(params) == jax.tree.structure(states[9].params)
   for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(states[9].ema['slow'])):
     np.testing.assert_array_equal(a, b)
+
+
+def test_a_learned_weighting_that_is_new_starts_at_zero(saved, one_device):
+  _, workdir, states = saved
+  like = runs.prepare(small_config(log_weight=True), one_device).abstract_params()
+  params, _ = pretrained.load_weights(workdir, like)
+  assert jax.tree.structure(params) == jax.tree.structure(like)
+  new = params.pop('log_weight')
+  assert (new.shape, new.dtype) == (like['log_weight'].shape, jnp.float32)
+  assert new.sharding == like['log_weight'].sharding
+  assert not np.any(new)
+  assert jax.tree.structure(params) == jax.tree.structure(states[9].params)
+  for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(states[9].ema['slow'])):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_a_learned_weighting_excuses_no_other_difference(saved, one_device):
+  _, workdir, _ = saved
+  config = small_config(width=32, log_weight=True)
+  like = runs.prepare(config, one_device).abstract_params()
+  with pytest.raises(UserError, match='another network: parameter'):
+    pretrained.load_weights(workdir, like)
+  # To sample from, weights must be all there: only a start may add to them.
+  with pytest.raises(UserError, match=r'another network: .*log_weight'):
+    pretrained.load(workdir, config=small_config(log_weight=True), mesh=one_device)
+
+
+def test_a_learned_weighting_is_not_left_behind_unsaid(one_device, tmp_path):
+  run = runs.prepare(small_config(log_weight=True), one_device)
+  checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
+  state = train.first_state(run)
+  learned = state.params | {'log_weight': jnp.ones(32)}
+  checkpoints.save(state._replace(params=learned), run.meta())
+  checkpoints.close()
+  plain = runs.prepare(small_config(), one_device).abstract_params()
+  with pytest.raises(UserError, match=r'another network: .*log_weight'):
+    pretrained.load_weights(tmp_path, plain)
+  found = pretrained.load(tmp_path, weights='online', mesh=one_device)
+  np.testing.assert_array_equal(found.params['log_weight'], np.ones(32))
 
 
 def test_abstract_parameters_are_those_that_a_network_makes(saved):

@@ -5,15 +5,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cmjax import process
+from cmjax import fields, oracles, process
 from cmjax.core import expand
 
-# The process, and its coefficients in numpy.
+# The process, its coefficients in numpy, and where its time ends.
 PROCESSES = {
-  've': (process.VE, np.ones_like, lambda t: t),
-  'trigflow': (process.trigflow(1.0), np.cos, np.sin),
-  'linear': (process.LINEAR, lambda t: 1 - t, lambda t: t),
+  've': (process.VE, np.ones_like, lambda t: t, 80.0),
+  'trigflow': (process.trigflow(0.5), np.cos, lambda t: 0.5 * np.sin(t), np.pi / 2),
+  'linear': (process.LINEAR, lambda t: 1 - t, lambda t: t, 1.0),
 }
+# Changes of clock between any two of them, and of each to itself.
+CHANGES = pytest.mark.parametrize(
+  ('source', 'to'),
+  [
+    pytest.param(a[0], b[0], id=f'{i} to {j}')
+    for i, a in PROCESSES.items()
+    for j, b in PROCESSES.items()
+  ],
+)
+MIXTURE = oracles.Mixture(
+  np.array([0.5, 0.3, 0.2]),
+  np.array([[0.7, 0.1], [-0.5, 0.4], [0.0, -0.6]]),
+  np.array([0.3, 0.25, 0.4]),
+)
 ROUNDING = dict(rtol=1e-12, atol=1e-12)  # some ten operations in float64
 
 
@@ -32,7 +46,7 @@ def draws(x64):
 
 @pytest.mark.parametrize('name', PROCESSES)
 def test_point_is_alpha_data_plus_sigma_noise(name, draws):
-  path, alpha, sigma = PROCESSES[name]
+  path, alpha, sigma, _ = PROCESSES[name]
   x0, z, t = (np.asarray(v) for v in draws)
   for i, row in enumerate(process.point(path, *draws)):
     expected = alpha(t[i]) * x0[i] + sigma(t[i]) * z[i]
@@ -77,21 +91,109 @@ def test_velocity_of_ve_is_the_offset_over_t(draws):
   np.testing.assert_allclose(velocity, (x_t - x0) / expand(t, x_t), **ROUNDING)
 
 
+MEAN, STD = 0.3, 0.4
+
+
+def exact_map(path, x, t, r):
+  """From t to r along the ODE of N(MEAN, STD^2): it keeps the quantile."""
+  spread_t, spread_r = (
+    jnp.sqrt((path.alpha(s) * STD) ** 2 + path.sigma(s) ** 2) for s in (t, r)
+  )
+  offset = x - expand(path.alpha(t), x) * MEAN
+  return expand(path.alpha(r), x) * MEAN + expand(spread_r / spread_t, x) * offset
+
+
 def test_velocity_from_the_posterior_mean_is_the_exact_flow_of_a_gaussian(path, draws):
   _, x, t = draws
-  mean, std = 0.3, 0.4
-
-  def spread(t):
-    return jnp.sqrt((path.alpha(t) * std) ** 2 + path.sigma(t) ** 2)
-
-  def centre(t):
-    return expand(path.alpha(t), x) * mean
-
-  def flow(r):  # keeps the quantile: the exact map from t to r
-    return centre(r) + expand(spread(r) / spread(t), x) * (x - centre(t))
-
-  wiener = expand(path.alpha(t) * std**2 / spread(t) ** 2, x)
-  posterior_mean = mean + wiener * (x - centre(t))
-  exact = jax.jvp(flow, (t,), (jnp.ones_like(t),))[1]
+  alpha, sigma = (expand(v(t), x) for v in (path.alpha, path.sigma))
+  wiener = alpha * STD**2 / ((alpha * STD) ** 2 + sigma**2)
+  posterior_mean = MEAN + wiener * (x - alpha * MEAN)
+  exact = jax.jvp(lambda r: exact_map(path, x, t, r), (t,), (jnp.ones_like(t),))[1]
   velocity = process.velocity(path, x, posterior_mean, t)
   np.testing.assert_allclose(velocity, exact, **ROUNDING)
+
+
+# What a network may predict --------------------------------------------------------
+
+
+def test_data_comes_back_from_noise_score_and_velocity(path, draws):
+  x0, z, t = draws
+  x_t = process.point(path, x0, z, t)
+  for there, back in (
+    (process.noise_of, process.data_of_noise),
+    (process.score_of, process.data_of_score),
+    (process.velocity, process.data_of_velocity),
+  ):
+    found = back(path, x_t, there(path, x_t, x0, t), t)
+    # The smallest coefficient to divide by is 0.1, alpha(0.9) of the linear process.
+    np.testing.assert_allclose(found, x0, **ROUNDING)
+
+
+@pytest.mark.parametrize('name', PROCESSES)
+def test_data_comes_back_from_the_velocity_at_both_ends_of_time(name, draws):
+  path, _, _, end = PROCESSES[name]
+  x0, z, _ = draws
+  for t in (0.0, end):
+    t = jnp.full(4, t)
+    x_t, v = process.point(path, x0, z, t), process.rate(path, x0, z, t)
+    # At 80 of VE x_t and t v, of that size, cancel to x0: 1e-14.
+    np.testing.assert_allclose(
+      process.data_of_velocity(path, x_t, v, t), x0, **ROUNDING
+    )
+
+
+def test_velocity_gives_data_in_float32_near_the_ends_of_time(path):
+  x0, z = np.random.default_rng(0).normal(size=(2, 5, 3)).astype(np.float32)
+  t = jnp.array([0.0, 1e-30, 1e-6, 0.5, 0.999999], jnp.float32)
+  x_t, v = process.point(path, x0, z, t), process.rate(path, x0, z, t)
+  # Numbers up to three in a few float32 operations.
+  np.testing.assert_allclose(process.data_of_velocity(path, x_t, v, t), x0, atol=2e-6)
+
+
+# Clocks ----------------------------------------------------------------------------
+
+
+def test_time_of_a_level_inverts_the_noise_to_signal_ratio(path, draws):
+  _, _, t = draws
+  level = path.sigma(t) / path.alpha(t)
+  np.testing.assert_allclose(path.time_of(level), t, **ROUNDING)
+  np.testing.assert_array_equal(path.time_of(jnp.zeros(1)), np.zeros(1))
+
+
+@CHANGES
+def test_a_change_of_clock_keeps_data_and_noise(source, to, draws):
+  x0, z, t = draws
+  x, there = process.change_clock(source, to, process.point(source, x0, z, t), t)
+  np.testing.assert_allclose(x, process.point(to, x0, z, there), **ROUNDING)
+  ratio = to.sigma(there) / to.alpha(there)
+  np.testing.assert_allclose(ratio, source.sigma(t) / source.alpha(t), **ROUNDING)
+  back, again = process.change_clock(to, source, x, there)
+  np.testing.assert_allclose(again, t, **ROUNDING)
+  np.testing.assert_allclose(back, process.point(source, x0, z, t), **ROUNDING)
+
+
+@CHANGES
+def test_a_change_of_clock_carries_the_exact_map_of_a_gaussian(source, to, draws):
+  _, x, t = draws
+  r = jnp.asarray([0.3, 0.05, 0.2, 0.5])
+  there, at = process.change_clock(source, to, x, t)
+  moved, then = process.change_clock(source, to, exact_map(source, x, t, r), r)
+  np.testing.assert_allclose(exact_map(to, there, at, then), moved, **ROUNDING)
+
+
+@CHANGES
+def test_a_change_of_clock_carries_the_flow_of_a_mixture(source, to, draws):
+  _, x, t = draws
+  x = x[:, 0]
+
+  def flow(path):
+    return fields.probability_flow(path, lambda x, t: oracles.denoiser(MIXTURE, x, t))
+
+  (there, at), (x_rate, clock_rate) = jax.jvp(
+    lambda x, t: process.change_clock(source, to, x, t),
+    (x, t),
+    (flow(source)(x, t), jnp.ones_like(t)),
+  )
+  # dx'/dt = (dt'/dt) v'(x', t'); float64, with quotients of 0.1.
+  expected = expand(clock_rate, x) * flow(to)(there, at)
+  np.testing.assert_allclose(x_rate, expected, rtol=1e-10, atol=1e-11)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cmjax import oracles, samplers
+from cmjax import core, oracles, precond, process, samplers
 from cmjax.core import expand
 
 MEAN, STD = np.array([0.3, -0.2]), 0.4
@@ -37,8 +37,9 @@ def identity(params, x, t, cond, *, key=None):
     (samplers.multistep(times=(80.0, 0.8)), 2),
     (samplers.ode(steps=18, solver='heun'), 35),
     (samplers.ode(steps=18, solver='euler'), 18),
+    (samplers.phased(edges=(0.5, 5.0)), 3),
   ],
-  ids=['one_step', 'multistep', 'heun', 'euler'],
+  ids=['one_step', 'multistep', 'heun', 'euler', 'phased'],
 )
 def test_sampler_evaluates_as_often_as_it_says(sampler, evaluations):
   levels = []
@@ -64,7 +65,8 @@ def test_parameters_and_label_reach_the_model_and_no_dropout_key():
     assert key is None
     return params * jnp.tile(cond[:, :1], (1, 3))
 
-  for sampler in (samplers.one_step(), samplers.ode(steps=2)):
+  every = samplers.one_step(), samplers.ode(steps=2), samplers.phased(edges=(1.0,))
+  for sampler in every:
     keys = jax.random.split(jax.random.key(0), 2)
     out = jax.jit(lambda keys, run=sampler: run(f, 3.0, keys, cond, (3,)).x)(keys)
     # Every evaluation answers the same, so that the last Euler step to zero ends there;
@@ -157,7 +159,144 @@ def test_noise_of_a_sample_depends_on_its_key_alone():
   assert len(np.unique(whole)) == 5 * 2 * 3
 
 
+# Samplers between noise levels -----------------------------------------------------
+
+EDGES = (0.5, 5.0)
+
+
+def exact_jump(params, x, t, cond, *, key=None):
+  """The data prediction whose jump to the segment's lower edge is the exact map."""
+  levels = jnp.asarray((0.0, *EDGES))
+  s = levels[jnp.sum(t[:, None] > levels[None], axis=1) - 1]
+  share = expand(s / t, x)
+  moved = oracles.consistency(GAUSSIAN, x, t, s=expand(s, x)[:, 0])
+  return (moved - share * x) / (1 - share)
+
+
+def test_phased_by_exact_jumps_is_the_exact_map(x64):
+  keys = jax.random.split(jax.random.key(0), 8)
+  found = samplers.phased(edges=EDGES)(exact_jump, None, keys, None, (2,))
+  exact = oracles.consistency(GAUSSIAN, 80 * unit_noise(keys), jnp.full(8, 80.0), s=0.0)
+  # Float64, x of 80 times 1 / 400 at the end.
+  np.testing.assert_allclose(found.x, exact, atol=1e-13)
+  assert found.evaluations == 3
+
+
+@pytest.mark.parametrize('skip', [0.8, 1.0])
+def test_phased_jumps_to_its_share_of_each_edge(skip):
+  seen = []
+
+  def f(params, x, t, cond, *, key=None):
+    seen.append((np.asarray(x), np.asarray(t)))
+    return jnp.cos(x)
+
+  keys = jax.random.split(jax.random.key(0), 4)
+  out = samplers.phased(edges=EDGES, sigma_max=20.0, skip=skip)(
+    f, None, keys, None, (2,)
+  )
+  levels = [20.0, 5.0 * skip, 0.5 * skip]
+  x = 20 * unit_noise(keys)
+  for (at, t), level, lower in zip(seen, levels, [*levels[1:], 0.0]):
+    np.testing.assert_allclose(t, np.full(4, level), rtol=1e-6)
+    np.testing.assert_allclose(at, x, rtol=1e-5, atol=1e-6)  # float32
+    x = lower / level * at + (1 - lower / level) * np.cos(at)  # DDIM
+  np.testing.assert_allclose(out.x, x, rtol=1e-5, atol=1e-6)
+
+
+def test_phased_by_the_exact_denoiser_is_euler_and_nears_the_exact_map(x64):
+  keys = jax.random.split(jax.random.key(0), 8)
+  exact = oracles.consistency(GAUSSIAN, 80 * unit_noise(keys), jnp.full(8, 80.0), s=0.0)
+
+  def error(n):
+    edges = tuple(np.geomspace(0.01, 80.0, n)[:-1])
+    x = samplers.phased(edges=edges)(exact_denoiser, None, keys, None, (2,)).x
+    return np.linalg.norm(x - exact)
+
+  errors = [error(n) for n in (20, 40, 80)]
+  orders = np.log2(np.array(errors[:-1]) / errors[1:])
+  # First order; the next term is of the relative size of a step in ln t, 9 / 20.
+  np.testing.assert_allclose(orders, [1, 1], atol=0.25)
+
+
+def test_phased_without_edges_is_one_step_to_the_bit():
+  keys = jax.random.split(jax.random.key(0), 5)
+  for skip in (1.0, 0.7):  # there is no edge to go past
+    found = samplers.phased(edges=(), sigma_max=7.0, skip=skip)(
+      exact_denoiser, None, keys, None, (2,)
+    )
+    plain = samplers.one_step(sigma_max=7.0)(exact_denoiser, None, keys, None, (2,))
+    np.testing.assert_array_equal(found.x, plain.x)
+    assert found.evaluations == plain.evaluations == 1
+
+
+def exact_average_velocity(params, x, clocks, cond, *, key=None):
+  """(x_t - x_r) / (t - r) of the linear process, on the Gaussian's exact path."""
+  t, r = clocks[:, 0], clocks[:, 0] - clocks[:, 1]
+  y, level = process.change_clock(process.LINEAR, process.VE, x, t)
+  lower = r / (1 - r)
+  y = oracles.consistency(GAUSSIAN, y, level, s=lower)
+  moved, _ = process.change_clock(process.VE, process.LINEAR, y, lower)
+  return (x - moved) / clocks[:, 1:]
+
+
+@pytest.mark.parametrize('times', [(80.0,), (80.0, 5.0, 0.5), (2.0, 1.9)])
+def test_flow_map_of_the_exact_average_velocity_is_the_exact_map(times, x64):
+  calls = []
+
+  def apply(*arguments, key=None):
+    calls.append(len(arguments[1]))
+    return exact_average_velocity(*arguments)
+
+  model = precond.two_time(core.Network(None, apply, clocks=2))
+  keys = jax.random.split(jax.random.key(0), 8)
+  found = samplers.flow_map(times=times)(model, None, keys, None, (2,))
+  start = times[0] * unit_noise(keys)
+  exact = oracles.consistency(GAUSSIAN, start, jnp.full(8, times[0]), s=0.0)
+  # Float64; 1 - t is 1 / 81 at 80, and times differ by 0.01 at least.
+  np.testing.assert_allclose(found.x, exact, atol=1e-12)
+  assert found.evaluations == len(calls) == len(times)
+
+
 # Refusals --------------------------------------------------------------------------
+
+
+def test_flow_map_refuses_a_model_of_one_time():
+  keys = jax.random.split(jax.random.key(0), 2)
+  for model in (exact_denoiser, precond.edm(core.Network(None, None))):
+    with pytest.raises(ValueError, match=r'config\.precond\.fn=.*two_time'):
+      samplers.flow_map()(model, None, keys, None, (2,))
+
+
+@pytest.mark.parametrize(
+  ('times', 'said'),
+  [
+    ((), 'at least one'),
+    ((0.8, 80.0), 'must descend'),
+    ((80.0, 80.0), 'must descend'),
+    ((80.0, 0.0), 'not above'),
+  ],
+)
+def test_flow_map_refuses_times_it_cannot_follow(times, said):
+  with pytest.raises(ValueError, match=rf'flow_map: .*{said}'):
+    samplers.flow_map(times=times)
+
+
+@pytest.mark.parametrize(
+  'arguments',
+  [
+    dict(edges=(5.0, 0.5)),
+    dict(edges=(0.5, 0.5)),
+    dict(edges=(0.0, 0.5)),
+    dict(edges=(-1.0,)),
+    dict(edges=(0.5, 80.0)),
+    dict(edges=(2.0,), sigma_max=1.0),
+    dict(edges=(0.5,), skip=0.0),
+    dict(edges=(0.5,), skip=1.1),
+  ],
+)
+def test_phased_refuses_edges_and_skips_that_are_none(arguments):
+  with pytest.raises(ValueError, match='phased: needs edges ascending'):
+    samplers.phased(**arguments)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from cmjax import schedules
+from cmjax.core import Schedule
 
 PLAIN_AND_COMPILED = pytest.mark.parametrize(
   'compiled', [lambda f: f, jax.jit], ids=['plain', 'compiled']
@@ -29,7 +30,22 @@ EVERY = {
   'adaptive_target_rate': schedules.adaptive_target_rate(
     start_rate=0.9, start=2, end=10, batch_size=8, total_images=80
   ),
+  'doubling_bins': schedules.doubling_bins(
+    start=2, end=8, batch_size=8, total_images=80
+  ),
+  'halving_steps': schedules.halving_steps(start=8, stage_images=24, batch_size=8),
+  'copy_at_stages': schedules.copy_at_stages(stage_images=24, batch_size=8),
+  'stage_decay': schedules.stage_decay(peak=0.3, stage_images=24, batch_size=8),
 }
+
+
+def test_every_schedule_is_among_these():
+  written = {
+    name
+    for name, value in vars(schedules).items()
+    if getattr(value, '__annotations__', {}).get('return') is Schedule
+  }
+  assert written == set(EVERY)
 
 
 @pytest.mark.parametrize('name', EVERY)
@@ -183,6 +199,21 @@ def test_smooth_gap_meets_the_stepped_one_where_stages_start(compiled):
   assert np.all(np.diff(path) < 0)
 
 
+def test_gaps_too_small_for_float32_are_refused_before_the_run():
+  recipe = dict(q=2.0, stage_images=100, batch_size=10)
+  last = schedules.shrinking_gap(**recipe, total_images=1_700)
+  # Stage 17 of a run of 17 stages: 2^-18, where r = t (1 - 5 gap) still differs.
+  gap = float(last(170))
+  assert gap == 2.0**-18
+  assert np.float32(1.0) * (1 - np.float32(gap)) < 1.0
+  with pytest.raises(ValueError, match=r'2\.0\^-19, .*stage_images above 100'):
+    schedules.shrinking_gap(**recipe, total_images=1_800)
+  with pytest.raises(ValueError, match=r'256\.0\^-3'):
+    schedules.shrinking_gap(
+      q=256.0, stage_images=100, batch_size=10, smooth=True, total_images=200
+    )
+
+
 # Start rate, end scale, and by step: N(k) with the target's rate as the released code
 # has it, which divides by N(k) - 1 where the paper divides by N(k).
 CURRICULA = {
@@ -233,7 +264,10 @@ def test_adaptive_curriculum_has_the_published_values(name):
   # exp(s0 ln(mu0) / N(k)): the paper's, so that it starts at mu0. Float32.
   np.testing.assert_allclose(rate, start_rate ** (2 / bins), atol=2e-7)
   # Printed to five digits.
-  np.testing.assert_allclose(rate ** (bins / (bins - 1)), released, atol=6e-6)
+  schedule = schedules.adaptive_target_rate(
+    start_rate=start_rate, as_released=True, **run
+  )
+  np.testing.assert_allclose(jax.jit(schedule)(steps), released, atol=6e-6)
 
 
 def test_adaptive_bins_are_whole_and_never_fall():
@@ -247,9 +281,91 @@ def test_adaptive_bins_are_whole_and_never_fall():
   assert (bins[0], bins[-1]) == (2, 151)
 
 
+@PLAIN_AND_COMPILED
+@pytest.mark.parametrize('iterations', [400_000, 800_000])
+def test_doubling_bins_are_those_of_ict_in_eight_equal_stages(iterations, compiled):
+  schedule = compiled(
+    schedules.doubling_bins(batch_size=1024, total_images=1024 * iterations)
+  )
+  length = iterations // 8
+  for stage, n in enumerate([11, 21, 41, 81, 161, 321, 641, 1281]):
+    within = stage * length + np.array([0, 1, length // 2, length - 1])
+    np.testing.assert_array_equal(schedule(within), np.full(4, n))
+  past = schedule(np.array([iterations, 2 * iterations]))
+  np.testing.assert_array_equal(past, [1281, 1281])
+
+
+@pytest.mark.parametrize(('start', 'end'), [(10, 10), (3, 24), (1, 2)])
+def test_doubling_bins_spend_as_long_at_each_number_up_to_the_end(start, end):
+  schedule = schedules.doubling_bins(
+    start=start, end=end, batch_size=7, total_images=7 * 1200
+  )
+  bins, steps = np.unique(schedule(jnp.arange(1_200)), return_counts=True)
+  assert (bins[0], bins[-1]) == (start + 1, end + 1)
+  np.testing.assert_array_equal(np.diff(bins), bins[:-1] - 1)
+  np.testing.assert_array_equal(steps, np.full(len(bins), 1_200 / len(bins)))
+
+
+# Stages of progressive distillation ------------------------------------------------
+
+
+def test_steps_are_halved_at_each_stage_down_to_one():
+  schedule = schedules.halving_steps(start=4096, stage_images=50_000 * 8, batch_size=8)
+  steps = jnp.asarray(
+    [50_000 * stage + within for stage in range(14) for within in (0, 49_999)]
+  )
+  expected = np.repeat([*(4096 // 2 ** np.arange(13)), 1], 2)
+  np.testing.assert_array_equal(jax.jit(schedule)(steps), expected)
+
+
+def test_steps_that_are_no_power_of_two_are_halved_downwards():
+  schedule = schedules.halving_steps(start=18, stage_images=10, batch_size=1)
+  stages = schedule(10 * jnp.arange(7))
+  np.testing.assert_array_equal(stages, [18, 9, 4, 2, 1, 1, 1])
+
+
+def test_the_target_is_copied_in_the_step_before_the_number_of_steps_falls():
+  stages = dict(stage_images=100, batch_size=8)  # no whole number of steps
+  every = jnp.arange(60)
+  rate = np.asarray(jax.jit(schedules.copy_at_stages(**stages))(every))
+  steps = np.asarray(schedules.halving_steps(start=1024, **stages)(every))
+  assert set(rate) == {0.0, 1.0}
+  np.testing.assert_array_equal(rate[:-1] == 0, np.diff(steps) < 0)
+  np.testing.assert_array_equal(np.flatnonzero(rate == 0), [11, 23, 35, 47, 59])
+
+
+def test_a_stage_starts_at_the_peak_and_falls_linearly_to_zero():
+  schedule = schedules.stage_decay(peak=0.2, stage_images=100, batch_size=8)
+  rate = np.asarray(jax.jit(schedule)(jnp.arange(36)))
+  one = 0.2 * (1 - np.arange(12) / 12)
+  np.testing.assert_allclose(rate, np.tile(one, 3), **F32)
+
+
 @pytest.mark.parametrize(
   ('schedule', 'values'),
   [
+    (schedules.halving_steps, dict(start=0, stage_images=10)),
+    (schedules.halving_steps, dict(start=8, stage_images=9)),
+    (schedules.copy_at_stages, dict(stage_images=9)),
+    (schedules.stage_decay, dict(peak=0.1, stage_images=0)),
+  ],
+)
+def test_stages_without_a_step_are_refused(schedule, values):
+  with pytest.raises(ValueError, match='needs'):
+    schedule(**values, batch_size=10)
+
+
+def test_more_stages_than_steps_are_refused():
+  with pytest.raises(ValueError, match=r'8 stages do not fit 7 steps'):
+    schedules.doubling_bins(batch_size=10, total_images=79)
+  schedules.doubling_bins(batch_size=10, total_images=80)
+
+
+@pytest.mark.parametrize(
+  ('schedule', 'values'),
+  [
+    (schedules.doubling_bins, dict(start=3, end=2, total_images=10)),
+    (schedules.doubling_bins, dict(start=0, end=2, total_images=10)),
     (schedules.shrinking_gap, dict(q=1.0, stage_images=10)),
     (schedules.shrinking_gap, dict(q=2.0, stage_images=0)),
     (schedules.half_life, dict(half_life_images=0)),

@@ -1,10 +1,12 @@
 """Grids to the printed digits, draws of neighbours, and the mapping of ECT."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import special, stats
 
 from cmjax import schedules, times
 
@@ -93,6 +95,76 @@ def test_karras_pairs_follow_the_bins_of_a_traced_step():
     np.testing.assert_allclose(levels, np.log(neighbours(n))[::-1], atol=1e-4)
 
 
+def test_karras_clock_runs_through_the_grid_from_its_cleaner_end():
+  ends = times.karras_clock(jnp.array([0.0, 1.0]))
+  np.testing.assert_allclose(ends, [0.002, 80.0], rtol=2e-6)  # float32, seventh power
+  grid = dict(sigma_min=0.01, sigma_max=3.0, rho=2.0)
+  u = jnp.linspace(1.0, 0.0, 18)
+  found, expected = times.karras_clock(u, **grid), times.karras(18, **grid)
+  np.testing.assert_allclose(found, expected, rtol=2e-6)
+  np.testing.assert_allclose(times.karras_clock(u), neighbours(18), rtol=5e-6)
+
+
+def test_karras_uniform_draws_the_clock_uniformly():
+  n, grid = 20_000, dict(sigma_min=0.01, sigma_max=3.0, rho=2.0)
+  t = times.karras_uniform(**grid)(jax.random.key(0), n)
+  assert t.shape == (n,)
+  u = (np.sqrt(t) - 0.1) / (np.sqrt(3.0) - 0.1)  # rho = 2
+  # Kolmogorov-Smirnov: rho = 2.2 instead gives p < 1e-9.
+  assert stats.kstest(u, stats.uniform.cdf).pvalue > 1e-3
+
+
+# Lognormal bins of iCT -------------------------------------------------------------
+
+
+@pytest.mark.parametrize('given', [{}, dict(mean=0.5, std=1.0)], ids=['ict', 'other'])
+@pytest.mark.parametrize('n', [2, 11])
+def test_lognormal_pairs_draw_their_bins_by_the_table_of_erf(n, given):
+  draws = 20_000
+  mean, std = given.values() or (-1.1, 2.0)
+  bins = schedules.constant(value=float(n))
+  pairs = times.lognormal_pairs(bins=bins, **given)
+  t, r = jax.jit(pairs, static_argnums=1)(jax.random.key(0), draws, jnp.int32(0))
+  grid = neighbours(n)
+  index = np.argmin(np.abs(np.log(np.asarray(t)[:, None] / grid)), axis=1)
+  np.testing.assert_allclose(t, grid[index], rtol=5e-6)  # float32, seventh power
+  np.testing.assert_allclose(r, grid[index + 1], rtol=5e-6)
+  assert np.all(r < t)
+  table = -np.diff(special.erf((np.log(grid) - mean) / (np.sqrt(2) * std)))
+  shares = table / table.sum()
+  counts = np.bincount(index, minlength=n - 1)
+  deviation = np.sqrt(draws * shares * (1 - shares))
+  assert np.all(np.abs(counts - draws * shares) <= 4.5 * deviation + 1e-6)  # binomial
+
+
+def test_lognormal_pairs_follow_the_bins_of_a_traced_step():
+  bins = schedules.doubling_bins(start=10, end=1280, batch_size=1, total_images=800)
+  pairs = jax.jit(times.lognormal_pairs(bins=bins), static_argnums=1)
+  for step, n in ((0, 11), (300, 81), (799, 1281)):
+    t, r = pairs(jax.random.key(1), 500, jnp.int32(step))
+    u = (np.stack([t, r]) ** (1 / 7) - 0.002 ** (1 / 7)) / (
+      80 ** (1 / 7) - 0.002 ** (1 / 7)
+    )
+    place = u * (n - 1)
+    # Seventh roots of float32 numbers, times 1280.
+    np.testing.assert_allclose(place, np.round(place), atol=2e-3)
+    np.testing.assert_allclose(place[0] - place[1], np.ones(500), atol=2e-3)
+    assert np.ptp(np.round(place[0])) > 0.5 * n  # spread over the grid
+
+
+@pytest.mark.parametrize(('t', 'ratio'), [(0.01, 0.985), (1.0, 0.992), (80.0, 0.996)])
+def test_the_last_grid_of_ict_is_as_fine_as_the_last_stage_of_ect(t, ratio):
+  grid = neighbours(1281)
+  at = np.argmin(np.abs(np.log(grid / t)))
+  index = jnp.array([at, at + 1], float)
+  found = times.karras_at(index, 1281, sigma_min=0.002, sigma_max=80.0, rho=7.0)
+  # Three digits are printed, and t lies within half a step of a point of the grid.
+  assert float(found[1] / found[0]) == pytest.approx(ratio, abs=6e-4)
+  gap = schedules.shrinking_gap(q=256.0, stage_images=1, batch_size=1)(0)
+  ect = float(times.neighbour(jnp.full(1, t), gap)[0]) / t
+  assert 0.25 < (1 - ratio) / (1 - ect) < 4  # gaps of one order
+
+
 # Lognormal and the mapping of ECT --------------------------------------------------
 
 
@@ -175,7 +247,114 @@ def test_ect_pairs_map_their_own_times_at_the_gap_of_the_step():
   [dict(sigma_min=0.0), dict(sigma_min=2.0, sigma_max=1.0), dict(rho=0.0)],
 )
 def test_grids_that_are_none_are_refused(grid):
-  with pytest.raises(ValueError, match='sigma_min < sigma_max'):
-    times.karras(4, **grid)
-  with pytest.raises(ValueError, match='sigma_min < sigma_max'):
-    times.karras_pairs(bins=schedules.constant(value=4.0), **grid)
+  bins = schedules.constant(value=4.0)
+  for build in (
+    functools.partial(times.karras, 4),
+    times.karras_uniform,
+    functools.partial(times.karras_pairs, bins=bins),
+    functools.partial(times.lognormal_pairs, bins=bins),
+  ):
+    with pytest.raises(ValueError, match='sigma_min < sigma_max'):
+      build(**grid)
+
+
+# Two times of the linear process ---------------------------------------------------
+
+
+@pytest.mark.parametrize('share', [0.0, 0.75, 1.0])
+@pytest.mark.parametrize('build', [times.two_times, times.dyadic_times])
+def test_two_times_are_ordered_and_equal_in_their_share_of_the_rows(build, share):
+  n = 1000
+  pairs = jax.jit(build(equal_share=share), static_argnums=1)
+  t, r = pairs(jax.random.key(0), n, jnp.int32(0))
+  assert (t.shape, r.shape) == ((n,), (n,))
+  assert np.all((r >= 0) & (r <= t) & (t <= 1))
+  equal = round(share * n)
+  np.testing.assert_array_equal(r[:equal], t[:equal])
+  assert np.all(r[equal:] < t[equal:])
+  assert len(np.unique(t[:equal])) >= 0.99 * equal  # not on a grid there
+
+
+def test_two_times_are_the_greater_and_the_less_of_two_logit_normal_draws():
+  n = 20_000
+  pairs = times.two_times(mean=-0.4, std=1.5, equal_share=0.25)
+  t, r = pairs(jax.random.key(0), n, jnp.int32(0))
+  logit = np.log(t / (1 - t))
+  normal = stats.norm(-0.4, 1.5).cdf
+  # Kolmogorov-Smirnov: a wrong mean or deviation by 0.1 gives p < 1e-9. A maximum has
+  # the square of the distribution; the rows where r = t take the greater one too.
+  assert stats.kstest(logit, lambda x: normal(x) ** 2).pvalue > 1e-3
+  below = np.asarray(r[n // 4 :])
+  below = np.log(below / (1 - below))
+  assert stats.kstest(below, lambda x: 1 - (1 - normal(x)) ** 2).pvalue > 1e-3
+
+
+@pytest.mark.parametrize('finest', [2, 8, 128])
+def test_dyadic_times_lie_on_the_grid_a_power_of_two_apart(finest):
+  n = 5_000
+  pairs = times.dyadic_times(finest=finest, equal_share=0.0)
+  t, r = (np.asarray(v) for v in pairs(jax.random.key(0), n, jnp.int32(0)))
+  for level in (t, r, (t + r) / 2):  # the point between is on the grid too
+    np.testing.assert_array_equal(level * finest, np.round(level * finest))
+  gap = t - r
+  np.testing.assert_array_equal(r / gap, np.round(r / gap))
+  wanted = 2.0 ** -np.arange(finest.bit_length() - 1)
+  assert set(gap) == set(wanted)  # from 1 to 2 / finest
+  counts = np.array([np.sum(gap == g) for g in wanted])
+  mean = n / len(wanted)
+  assert np.all(np.abs(counts - mean) <= 4.5 * np.sqrt(mean))  # Poisson deviations
+  # Of the 714 draws of the finest gap each of its 64 starts gets 11.
+  assert [len(np.unique(r[gap == g])) for g in wanted] == list(1 / wanted)
+
+
+@pytest.mark.parametrize('share', [-0.1, 1.1])
+@pytest.mark.parametrize('build', [times.two_times, times.dyadic_times])
+def test_shares_that_are_none_are_refused(build, share):
+  with pytest.raises(ValueError, match=f'equal_share={share}'):
+    build(equal_share=share)
+
+
+@pytest.mark.parametrize('finest', [0, 1, 3, 100, -4])
+def test_grids_that_cannot_be_halved_are_refused(finest):
+  with pytest.raises(ValueError, match=f'power of two.*finest={finest}'):
+    times.dyadic_times(finest=finest)
+
+
+# What pairs must keep --------------------------------------------------------------
+
+
+def pairs_of(t, r):
+  return lambda key, n, step: (jnp.full(n, t), jnp.full(n, r))
+
+
+@pytest.mark.parametrize(
+  ('t', 'r', 'equal', 'said'),
+  [
+    (0.5, -0.1, False, r'0 <= r < t, and draws r=-0\.1 for t=0\.5'),
+    (0.5, -0.1, True, r'0 <= r <= t, and draws r=-0\.1 for t=0\.5'),
+    (0.5, 0.5, False, r'r=0\.5 for t=0\.5'),
+    (0.5, 0.6, True, r'r=0\.6 for t=0\.5'),
+    (np.nan, 0.1, True, 't=nan'),
+    (np.inf, 0.1, False, 't=inf'),
+  ],
+)
+def test_pairs_out_of_order_are_refused_with_one_of_them(t, r, equal, said):
+  with pytest.raises(ValueError, match=said):
+    times.check_pairs(pairs_of(t, r), equal=equal)
+
+
+def test_pairs_in_order_pass():
+  times.check_pairs(pairs_of(0.5, 0.0))
+  times.check_pairs(pairs_of(0.5, 0.5), equal=True)
+  times.check_pairs(times.two_times(), equal=True)
+  with pytest.raises(ValueError, match='0 <= r < t'):
+    times.check_pairs(times.two_times())
+
+
+def test_one_bad_pair_among_many_is_found():
+  def pairs(key, n, step):
+    t = jnp.linspace(1.0, 2.0, n)
+    return t, jnp.where(jnp.arange(n) == 17, 3.0, 0.5)
+
+  with pytest.raises(ValueError, match=r'r=3 for t=1\.27'):
+    times.check_pairs(pairs)

@@ -89,7 +89,8 @@ def pseudo_loss(
   where the defect is; it is no loss that the gradient belongs to. x_t f32[B, ...].
 
   Source: Song et al. 2023, theorems 5 and 6, with w = lambda tau'.
-  Differs: norms have a limit too, `distances.limit_cotangent`.
+  Differs: norms have a limit too, `distances.limit_cotangent`; with a target network G
+    is taken at f, where the gradient is, and not at f^-.
   """
   y, dy = tangent(
     f, nets.online if nets.target is None else nets.target, field, x_t, t, cond, key

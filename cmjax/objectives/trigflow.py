@@ -46,8 +46,9 @@ def simplified(
   the tangent df^-/dt times cos t, with the prior weight 1 / (sigma_data tan t) in it.
   The jvp of F takes tangents times cos t sin t, so that nothing overflows. `share`
   warms up the part that is unstable at first. c is `normaliser`; with None, g is taken
-  as it is, and the gradient is that of Theorem 6. w is the network's learned log_weight
-  at t, or zero for a network without one.
+  as it is, and the gradient is that of Theorem 6. A target network, which the paper
+  does without, gives F^-, and pulls F towards it besides. w is the network's learned
+  log_weight at t, or zero for a network without one.
 
   Source: Lu & Song 2024 (sCM), eqs. (6) to (8) and algorithm 1; the Euclidean norm.
   Differs: the tangent given to the jvp is cos t sin t dx/dt / sigma_data; as printed,
@@ -55,7 +56,7 @@ def simplified(
   """
   sigma_data = f.sigma_data
   cos, sin = jnp.cos(t), jnp.sin(t)
-  v, k = field(x_t, t), cos * sin
+  v, k = jax.lax.stop_gradient(field(x_t, t)), cos * sin
 
   def raw(params, x, t):
     return f.raw(params, x, t, cond, key=key)
@@ -70,11 +71,10 @@ def simplified(
     y = raw(nets.online, x_t / sigma_data, t)
   settle = -expand(cos**2, v) * (sigma_data * still - v)
   curve = expand(k, x_t) * x_t + sigma_data * moved
-  g = settle - share * curve
+  g = jax.lax.stop_gradient(settle - share * curve)
   length = jnp.sqrt(sum_features(g**2))
   if normaliser is not None:
     g = g / (expand(length, g) + normaliser)
-  g = jax.lax.stop_gradient(g)
   loss = sum_features((y - still - g) ** 2) / (y.size / len(y))
   if f.network.log_weight is not None:
     w = f.network.log_weight(nets.online, t)
