@@ -189,11 +189,11 @@ def doubling_bins(
   """
   if not 1 <= start <= end:
     raise ValueError(f'needs 1 <= start <= end, got {start=}, {end=}')
-  stages = math.floor(math.log2(end // start)) + 1
-  stage_steps = (total_images // batch_size) // stages
+  stages = math.log2(end // start) + 1
+  stage_steps = math.floor(total_images // batch_size / stages)
   if stage_steps < 1:
     raise ValueError(
-      f'{stages} stages do not fit {total_images // batch_size} steps; raise '
+      f'{stages:.3g} stages do not fit {total_images // batch_size} steps; raise '
       'config.total_images or `start`'
     )
 

@@ -86,18 +86,21 @@ def neighbour(t: Array, gap: Array, *, k: float = 8.0, b: float = 1.0) -> Array:
   return jnp.maximum(t * (1.0 - (1.0 + k * jax.nn.sigmoid(-b * t)) * gap), 0.0)
 
 
-def check_pairs(pairs: Pairs, *, equal: bool = False) -> None:
-  """Refuses pairs whose first draws break 0 <= r < t, or r <= t if it may be `equal`.
+def check_pairs(pairs: Pairs, *, equal: bool = False, above: bool = False) -> None:
+  """Refuses pairs whose first draws break 0 <= r < t.
+
+  r = t is let through where they may be `equal`; r = 0 is not where it must be `above`.
 
   Raises: ValueError with the first pair that does.
   """
   t, r = pairs(jax.random.key(0), 64, jnp.int32(0))
-  wrong = (r < 0) | ((r > t) if equal else (r >= t)) | ~jnp.isfinite(t - r)
+  low, high = (r <= 0) if above else (r < 0), (r > t) if equal else (r >= t)
+  wrong = low | high | ~jnp.isfinite(t - r)
   if bool(jnp.any(wrong)):
     i = int(jnp.argmax(wrong))
     raise ValueError(
-      f'needs pairs with 0 <= r {"<=" if equal else "<"} t, and draws r={r[i]:.4g} '
-      f'for t={t[i]:.4g}'
+      f'needs pairs with 0 {"<" if above else "<="} r {"<=" if equal else "<"} t, and '
+      f'draws r={r[i]:.4g} for t={t[i]:.4g}'
     )
 
 

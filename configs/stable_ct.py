@@ -23,7 +23,7 @@ def get_config(data='digits'):
   with c.unlocked():
     c.objective.fn = 'cmjax.objectives.discrete:stable_ct'
     c.objective.threshold = {'toy2d': 0.08, 'digits': 0.43}.get(data, 3.0)
-    c.objective.block = 1_000
+    c.objective.block = 256
     c.objective.edges = (0.3, 1.5, 8.0) if phased else ()
   c.objective.gap.smooth = True
   c.objective.distance = parts.pseudo_huber(0.0)

@@ -347,21 +347,20 @@ def test_stable_ct_steps_towards_the_mean_of_its_class(x64):
   nets = core.Nets(2.0, 0.5, reference=reference_of(x0, labels))
   batch = core.Batch(x0, jnp.eye(2)[labels], jnp.arange(16))
   z = jax.random.normal(core.streams(jax.random.key(1), 3)['noise'], x0.shape)
-  for block in (1, 3, 1000):
-    out = losses(tuned(discrete.stable_ct, threshold=0.0, block=block), nets, batch)
-    t = out.aux['t']
-    r, x_t = t - out.aux['gap'], x0 + expand(t, z) * z
-    means = jnp.stack(
-      [
-        oracles.denoiser(oracles.points(x0[labels == k]), x_t[i : i + 1], t[i : i + 1])
-        for i, k in enumerate(labels)
-      ]
-    )[:, 0]
-    x_r = means + expand(r / t, x_t) * (x_t - means)
-    defect = scaled(2.0, x_t, t, None) - scaled(0.5, x_r, r, None)
-    # Float64; r is read from t - gap.
-    length = jnp.sqrt(jnp.sum(defect**2, axis=1))
-    np.testing.assert_allclose(out.aux['defect'], length, rtol=1e-9)
+  out = losses(tuned(discrete.stable_ct, threshold=0.0, block=3), nets, batch)
+  t = out.aux['t']
+  r, x_t = t - out.aux['gap'], x0 + expand(t, z) * z
+  means = jnp.stack(
+    [
+      oracles.denoiser(oracles.points(x0[labels == k]), x_t[i : i + 1], t[i : i + 1])
+      for i, k in enumerate(labels)
+    ]
+  )[:, 0]
+  x_r = means + expand(r / t, x_t) * (x_t - means)
+  defect = scaled(2.0, x_t, t, None) - scaled(0.5, x_r, r, None)
+  # Float64; r is read from t - gap.
+  length = jnp.sqrt(jnp.sum(defect**2, axis=1))
+  np.testing.assert_allclose(out.aux['defect'], length, rtol=1e-9)
 
 
 def test_stable_ct_without_a_reference_set_is_refused():
@@ -438,3 +437,12 @@ def test_the_phased_jump_is_the_identity_at_its_edge(x64):
   # s / t x_t + (1 - s / t) y - x_s = (1 - s / t) (y - x0).
   expected = (1 - s / t) ** 2 * np.sum((np.asarray(y) - np.asarray(x0)) ** 2, axis=1)
   np.testing.assert_allclose(out.loss, expected, rtol=1e-9)
+
+
+def test_a_heun_step_to_zero_is_refused():
+  pairs = times.ect_pairs(
+    times=times.lognormal(mean=-1.1, std=2.0), gap=schedules.constant(value=0.5)
+  )
+  discrete.cd(scaled, scaled, pairs=pairs, solver='euler', **SQUARED)
+  with pytest.raises(ValueError, match=r'needs pairs with 0 < r < t, and draws r=0 '):
+    discrete.cd(scaled, scaled, pairs=pairs, **SQUARED)

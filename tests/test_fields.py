@@ -214,7 +214,7 @@ LEVELS = np.array([0.05, 0.2, 0.5, 1.0, 3.0, 30.0, 0.7])
 
 
 @pytest.mark.parametrize('conditional', [False, True], ids=['all', 'by class'])
-@pytest.mark.parametrize('block', [1, 4, 11, 1000])
+@pytest.mark.parametrize('block', [1, 4, 1000])
 def test_stable_denoiser_is_the_softmax_over_the_class(conditional, block, x64):
   source = stored_examples(conditional, 'float32')
   x0, x = noisy(source, INDEX, LEVELS)
@@ -292,7 +292,7 @@ def test_the_own_example_counts_once_whether_stored_or_not(x64):
     assert (np.max(np.abs(found - twice)) > 1e-3) == (index is kept)
 
 
-@pytest.mark.parametrize('block', [1, 4, 1000])
+@pytest.mark.parametrize('block', [4, 1000])
 def test_no_weight_leaks_to_another_class(block):
   source = stored_examples()
   x0, x = (v.astype(jnp.float32) for v in noisy(source, INDEX, LEVELS))
@@ -343,7 +343,7 @@ def test_the_target_varies_less_the_more_examples_it_averages_over(x64):
   t = np.full(n, level)
   exact = oracles.denoiser(mode, x, jnp.asarray(t))
   errors = [np.mean(np.sum((x0 - exact) ** 2, axis=1))]
-  for size in (4, 16, 64, 256, 1024):
+  for size in (4, 32, 256, 1024):
     drawn = data.reference(source, per_class=size)
     outside = np.flatnonzero(drawn.slots < 0)[:n]  # none of the rows is stored
     found = stable(source, x0, x, t, outside, 1000, per_class=size)

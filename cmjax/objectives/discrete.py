@@ -183,8 +183,8 @@ def cd(
   `solver` is 'heun' or 'euler'; a `guidance` other than 1 asks the teacher with and
   without the label.
 
-  Raises: ValueError for another solver, pairs without r < t, or guidance of a model
-    without labels.
+  Raises: ValueError for another solver, pairs without r < t or, by Heun, with r = 0,
+    where the field does not exist, or guidance of a model without labels.
 
   Source: Song et al. 2023, algorithm 2, and section 6 for Heun.
   """
@@ -194,6 +194,7 @@ def cd(
       VE, teacher_denoiser(teacher, nets.teacher, batch.cond, guidance)
     )
 
+  check_pairs(pairs, above=solver == 'heun')
   return _on_pairs(f, pairs, by_name(solver), distance, weighting, teacher_flow)
 
 
@@ -205,7 +206,7 @@ def stable_ct(
   distance: Distance,
   weighting: Weighting,
   threshold: float,
-  block: int = 1000,
+  block: int = 256,
   edges: Sequence[float] = (),
   k: float = 8.0,
   b: float = 1.0,
