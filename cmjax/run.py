@@ -200,7 +200,9 @@ def subject_of(opened: Opened) -> studies.Subject:
     f=opened.f,
     nets=Nets(opened.params, target, **frozen._asdict()),
     x0=jnp.asarray(data.as_x0(source, source.examples)),
-    cond=None if source.labels is None else data.one_hot(source, everything),
+    cond=(
+      None if source.labels is None else jnp.asarray(data.one_hot(source, everything))
+    ),
     batch=lambda step: data.batch_at(source, config.seed, step, config.batch_size),
     loss=loss,
     teacher=teacher,

@@ -150,7 +150,12 @@ MISTAKES = {
     r'config\.objective: the weighting vanishes where r = t',
   ),
   'another form of model': (
-    ['--config=configs/sct.py:digits', NEW, '--config.init_from=@/TRAINED'],
+    [
+      '--config=configs/sct.py:digits',
+      NEW,
+      *SAME_NETWORK,
+      '--config.init_from=@/TRAINED',
+    ],
     r'TRAINED was trained through cmjax\.precond:edm, and weights mean something else',
   ),
   'sCM of an EDM model': (
