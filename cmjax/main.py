@@ -153,9 +153,7 @@ def _evaluate() -> None:
     f'seed {opened.config.evaluation.seed}\n\n{logs.markdown_table(rows)}\n'
   )
   path = unused(_workdir() / f'evaluation_{opened.step:08d}', '.json')
-  facts = {'data': opened.source.name, 'step': opened.step, 'rows': rows}
-  facts['config'] = opened.config.to_dict()
-  path.write_text(json.dumps(_finite(facts), indent=2), encoding='utf-8')
+  _write_facts(path, opened, rows=rows)
   path.with_suffix('.md').write_text(text, encoding='utf-8')
   logs.say(f'{text}\n{path} and .md')
 
@@ -177,12 +175,15 @@ def _study() -> None:
     found[name] = study.rows
   text = '\n\n'.join(pages) + '\n'
   (folder / 'study.md').write_text(text, encoding='utf-8')
-  facts = {'data': opened.source.name, 'step': opened.step, 'studies': found}
-  facts['config'] = opened.config.to_dict()
-  (folder / 'study.json').write_text(
-    json.dumps(_finite(facts), indent=2), encoding='utf-8'
-  )
+  _write_facts(folder / 'study.json', opened, studies=found)
   logs.say(f'{text}\n{folder}/study.md, study.json and a picture a table')
+
+
+def _write_facts(path: Path, opened: runs.Opened, **found: Any) -> None:
+  """What was found, and of what: data, step and the whole config, as JSON."""
+  facts = {'data': opened.source.name, 'step': opened.step} | found
+  facts['config'] = opened.config.to_dict()
+  path.write_text(json.dumps(_finite(facts), indent=2), encoding='utf-8')
 
 
 def _finite(value: Any) -> Any:

@@ -60,8 +60,7 @@ def karras_clock(
 
   Source: Song et al. 2023, appendix B; Karras et al. 2022 (EDM), eq. (5).
   """
-  bottom, top = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-  return (bottom + u * (top - bottom)) ** rho
+  return karras_at(1.0 - u, 2, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
 
 
 def karras_uniform(
