@@ -42,6 +42,7 @@ SCHEMA = {
   'optimizer': 'part',
   'target_rate': 'part or empty',
   'reference': 'part or empty',
+  'perceptual': 'part or empty',
   'ema': 'parts',
   'samplers': 'parts',
   'metrics': 'parts',

@@ -4,12 +4,13 @@ Every distance sums over all features of an example; none averages.
 """
 
 from collections.abc import Callable
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from cmjax.core import Array, sum_features
+from cmjax.core import Array, Params, sum_features
 
 Weighting = Callable[[Array, Array], Array]
 
@@ -17,12 +18,27 @@ Weighting = Callable[[Array, Array], Array]
 class Distance(NamedTuple):
   """d(a, b), and how it grows near a = b."""
 
-  measure: Callable[[Array, Array], Array]  # f32[B, ...] twice -> f32[B]
+  measure: Callable[..., Array]  # f32[B, ...] twice -> f32[B]
   degree: int  # 2: twice differentiable at a = b; 1: a norm of a - b
+  perceptual: bool = False  # whether `measure` takes a network's parameters first
 
   def __call__(self, a: Array, b: Array) -> Array:
     """f32[B, ...] twice -> f32[B]."""
     return self.measure(a, b)
+
+  def given(self, perceptual: Params) -> 'Distance':
+    """The same with the parameters of its network, if it has one.
+
+    Raises: ValueError if it has one and there are none.
+    """
+    if not self.perceptual:
+      return self
+    if perceptual is None:
+      raise ValueError(
+        'this distance needs the weights of a perceptual network; give '
+        "config.perceptual, such as dict(fn='cmjax.port.vision:load_lpips', ...)"
+      )
+    return Distance(functools.partial(self.measure, perceptual), self.degree)
 
 
 def squared_l2() -> Distance:

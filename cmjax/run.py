@@ -82,6 +82,10 @@ def reopen(workdir: str | Path, config: configs.ConfigDict | None = None) -> Ope
   """
   mesh = sharding.data_mesh()
   known = pretrained.load(workdir, config=config, mesh=mesh, say=logs.say)
+  if 'data' not in known.config:
+    raise UserError(
+      f'{workdir} holds weights alone; give a --config=FILE with data and samplers'
+    )
   source = configs.build(known.config.data, 'config.data')
   _check_fits(workdir, known, source)
   samplers = configs.build_each(known.config.samplers, 'config.samplers')
@@ -165,9 +169,13 @@ def _objective(
   if configs.is_part(config.reference):
     reference = configs.build(config.reference, 'config.reference', source=source)
     reference = sharding.place(reference, sharding.replicated(mesh))
+  perceptual = None
+  if configs.is_part(config.perceptual):
+    perceptual = configs.build(config.perceptual, 'config.perceptual')
+    perceptual = sharding.place(perceptual, sharding.replicated(mesh))
   given = {'batch_size': config.batch_size, 'total_images': config.total_images}
   loss = configs.build(config.objective, 'config.objective', f=f, **teaching, **given)
-  frozen = Frozen(teacher=teacher and teacher.params, reference=reference)
+  frozen = Frozen(teacher and teacher.params, perceptual, reference)
   return loss, frozen, teacher and teacher.f
 
 

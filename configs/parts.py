@@ -83,6 +83,7 @@ def base() -> ConfigDict:
       optimizer={},
       target_rate={},  # EMA rate of the target network; empty: stop-gradient of online
       reference={},  # examples kept on the device, to average over
+      perceptual={},  # weights of a network that a distance compares features of
       ema={},
       samplers={},
       metrics={},

@@ -23,7 +23,7 @@ from cmjax import (
   schedules,
   times,
 )
-from cmjax.networks import mlp, songunet
+from cmjax.networks import adm, edm2, mlp, songunet
 from cmjax.objectives import (
   continuous,
   denoise,
@@ -100,7 +100,48 @@ NETWORKS = {
     ),
     (8, 8, 3),
   ),
+  'songunet:songunet as NCSN++': (
+    lambda **kw: songunet.songunet(
+      channels=8,
+      channel_mult=(1, 2),
+      blocks=1,
+      attention=(4,),
+      embedding='fourier',
+      residual_input=True,
+      taps=(1, 3, 3, 1),
+      augment=2,
+      **kw,
+    ),
+    (8, 8, 3),
+  ),
+  'adm:adm': (
+    lambda **kw: adm.adm(
+      channels=8, channel_mult=(1, 2), blocks=1, attention=(4,), head_channels=4, **kw
+    ),
+    (8, 8, 3),
+  ),
+  'adm:adm without FiLM': (
+    lambda **kw: adm.adm(
+      channels=8,
+      channel_mult=(1, 2),
+      blocks=1,
+      attention=(4,),
+      head_channels=8,
+      film=False,
+      **kw,
+    ),
+    (8, 8, 3),
+  ),
+  'edm2:edm2': (
+    lambda **kw: edm2.edm2(
+      channels=8, channel_mult=(1, 2), blocks=1, attention=(4,), head_channels=4, **kw
+    ),
+    (8, 8, 3),
+  ),
 }
+UNETS = [name for name, (_, shape) in NETWORKS.items() if shape == (8, 8, 3)]
+# Networks whose learned weighting does not start at zero: EDM2's does not either.
+WEIGHTED_AT_FIRST = {'edm2:edm2'}
 PRECONDITIONERS = {
   'edm': (precond.edm, 0.0),  # and where its boundary f(x, t) = x lies
   'consistency': (precond.consistency, 0.002),
@@ -426,14 +467,14 @@ def test_network_of_two_times_tells_them_apart(name):
 
 
 @pytest.mark.parametrize('name', BUILDERS)
-def test_network_may_hold_a_weighting_that_starts_at_zero(name):
+def test_network_may_hold_a_weighting_of_its_own(name):
   build, shape = NETWORKS[name]
   net, plain = build(log_weight=True), build()
   arguments = inputs(net, shape)
   fresh = jax.jit(lambda: net.init(jax.random.key(0), *arguments)[core.LOG_WEIGHT])()
   c_noise = arguments[1]
-  zeros = net.log_weight({core.LOG_WEIGHT: fresh}, c_noise)
-  np.testing.assert_array_equal(zeros, np.zeros(4))
+  first = net.log_weight({core.LOG_WEIGHT: fresh}, c_noise)
+  assert np.all(first == 0) != (name in WEIGHTED_AT_FIRST)
   params = some_params(net, *arguments)
   values = net.log_weight(params, c_noise)
   assert len(np.unique(values)) == 4  # one at each noise level
@@ -492,6 +533,33 @@ def test_network_jvp_is_the_central_difference(name, x64):
   difference = (along(h) - along(-h)) / (2 * h)
   assert np.linalg.norm(tangent) > 1e-3
   np.testing.assert_allclose(tangent, difference, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize('name', UNETS)
+@pytest.mark.parametrize('attend', ['chunked', 'fused'])
+def test_every_attention_and_remat_compute_the_same(name, attend):
+  build, shape = NETWORKS[name]
+  net, other = build(), build(attend=attend, remat=True)
+  arguments = inputs(net, shape)
+  params = some_params(net, *arguments)
+  assert jax.tree.structure(params) == jax.tree.structure(
+    jax.eval_shape(other.init, jax.random.key(0), *arguments)
+  )
+
+  def gradient_of_jvp(net):
+    @jax.jit
+    @jax.value_and_grad
+    def loss(params):
+      x, c_noise, cond = arguments
+      point = (x, c_noise), (jnp.ones_like(x), jnp.ones_like(c_noise))
+      y, dy = jax.jvp(lambda x, c: net.apply(params, x, c, cond), *point)
+      return jnp.mean(y**2) + jnp.mean(dy**2)
+
+    return loss(params)
+
+  for a, b in zip(*map(jax.tree.leaves, map(gradient_of_jvp, (net, other)))):
+    # The same mathematics in another order of operations, float32.
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(jnp.max(jnp.abs(b))))
 
 
 # Preconditioners and samplers ------------------------------------------------------

@@ -135,7 +135,7 @@ def _at_times(
       t,
       batch.cond,
       keys['dropout'],
-      distance=distance,
+      distance=distance.given(nets.perceptual),
       weighting=weighting,
     )
 

@@ -95,7 +95,7 @@ def _on_pairs(
       batch.cond,
       keys['dropout'],
       solver=solver,
-      distance=distance,
+      distance=distance.given(nets.perceptual),
       weighting=weighting,
     )
 

@@ -81,7 +81,7 @@ def pd(
       r,
       batch.cond,
       keys['dropout'],
-      distance=distance,
+      distance=distance.given(nets.perceptual),
       weighting=weighting,
     )
 
