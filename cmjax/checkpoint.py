@@ -97,6 +97,19 @@ class Checkpoints:
     self._manager.close()
 
 
+def save_weights(
+  workdir: str | Path, step: int, params: Params, meta: dict[str, Any]
+) -> None:
+  """A checkpoint of weights alone, without an optimiser: to load, not to go on from."""
+  items = {
+    ONLINE: ocp.args.StandardSave(params),
+    'meta': ocp.args.JsonSave(meta | {'step': step}),
+  }
+  folder = Path(workdir).resolve() / 'checkpoints'
+  with ocp.CheckpointManager(folder) as manager:
+    manager.save(step, args=ocp.args.Composite(**items))
+
+
 def any_in(workdir: str | Path) -> bool:
   """Whether a work directory holds a checkpoint, whole or not."""
   folders = (p for p in (Path(workdir) / 'checkpoints').glob('*') if p.is_dir())

@@ -1,4 +1,4 @@
-"""Command line: flags -> train, sample, evaluate or dry_run."""
+"""Command line: flags -> train, sample, evaluate, study, dry_run or port."""
 
 from collections.abc import Sequence
 import json
@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from cmjax import config as configs
-from cmjax import data, evaluate, logs
+from cmjax import data, evaluate, logs, pretrained
 from cmjax import run as runs
 from cmjax import train as training
 from cmjax.core import UserError, unused
@@ -25,8 +25,17 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
   'mode',
   'train',
-  ['train', 'sample', 'evaluate', 'study', 'dry_run'],
+  ['train', 'sample', 'evaluate', 'study', 'dry_run', 'port'],
   'What to do.',
+)
+_FROM = flags.DEFINE_string(
+  'from', '', 'With --mode=port: a run, a checkpoint or a released file.'
+)
+_TO = flags.DEFINE_string(
+  'to', '', 'With --mode=port: a folder, or a file that ends with .safetensors.'
+)
+_FORM = flags.DEFINE_string(
+  'form', '', "With --mode=port: 'denoiser' or 'consistency', for OpenAI's files."
 )
 
 
@@ -38,6 +47,7 @@ def main() -> None:
     'evaluate': _evaluate,
     'study': _study,
     'dry_run': _dry_run,
+    'port': _port,
   }
   try:
     _parse(sys.argv)
@@ -56,7 +66,9 @@ def _fail(text: str) -> int:
 
 def _help() -> int:
   print('cmjax --config=FILE --workdir=DIR [--mode=MODE] [--config.KEY=VALUE ...]')
-  for flag in (flags.FLAGS[holder.name] for holder in (_CONFIG, _WORKDIR, _MODE)):
+  for flag in (
+    flags.FLAGS[holder.name] for holder in (_CONFIG, _WORKDIR, _MODE, _FROM, _TO, _FORM)
+  ):
     print(f'  --{flag.name}: {flag.help}')
   return 0
 
@@ -193,6 +205,17 @@ def _finite(value: Any) -> Any:
   if isinstance(value, list):
     return [_finite(item) for item in value]
   return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _port() -> None:
+  if not _FROM.value or not _TO.value:
+    raise UserError('--mode=port needs --from=PATH and --to=FOLDER or FILE.safetensors')
+  known = pretrained.convert(_FROM.value, _TO.value, form=_FORM.value, say=logs.say)
+  classes = f'{known.classes} classes' if known.classes else 'no classes'
+  logs.say(
+    f'{_TO.value}: a {known.config.precond.fn} of {known.config.network.fn} on '
+    f'{known.shape} with {classes}, from {_FROM.value} ({known.origin})'
+  )
 
 
 def _dry_run() -> None:

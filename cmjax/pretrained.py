@@ -1,15 +1,22 @@
-"""load(path) -> a ready-to-call model: a work directory of ours, or one checkpoint."""
+"""load(path) -> a ready-to-call model: a run of ours, or a released checkpoint.
+
+Released files are opened without PyTorch and without running anything in them.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cmjax import checkpoint, sharding
 from cmjax import config as configs
-from cmjax.core import LOG_WEIGHT, Model, Network, Params
+from cmjax.core import LOG_WEIGHT, Model, Network, Params, UserError
+from cmjax.port import names, read, write
+
+SIGMA_RANGE = (0.002, 80.0)
 
 
 class Pretrained(NamedTuple):
@@ -17,10 +24,28 @@ class Pretrained(NamedTuple):
 
   f: Model
   params: Params
-  config: configs.ConfigDict
-  step: int
+  config: configs.ConfigDict  # of released files: network and precond alone
+  step: int  # 0 for released files, which do not say it
   shape: tuple[int, ...]  # of one example
   classes: int  # 0: unconditional
+  origin: str = 'cmjax'  # whose format the weights came in
+  unread: tuple[str, ...] = ()  # tensors of the file that the model does not use
+  # Noise levels to sample between: those of every recipe and released file here.
+  sigma_range: tuple[float, float] = SIGMA_RANGE
+
+  @property
+  def data_range(self) -> tuple[float, float] | None:
+    """Where data lies: images in [-1, 1]; None for points."""
+    return (-1.0, 1.0) if len(self.shape) == 3 else None
+
+  def meta(self) -> dict[str, Any]:
+    """What a checkpoint says of itself."""
+    return {
+      'config': configs.to_json(self.config),
+      'shape': list(self.shape),
+      'classes': self.classes,
+      'origin': self.origin,
+    }
 
 
 def example_inputs(
@@ -50,33 +75,97 @@ def load(
   *,
   config: configs.ConfigDict | None = None,
   weights: str = '',
+  form: str = '',
   mesh: jax.sharding.Mesh | None = None,
   say: Callable[[str], None] = print,
 ) -> Pretrained:
-  """Opens a run's newest whole checkpoint, or the one named.
+  """Opens a run's newest whole checkpoint, the one named, or a released file.
 
   Args:
-    path: a work directory, or one of its `checkpoints/STEP`.
-    config: builds the model from this config instead of the run's own.
+    path: a work directory, one of its `checkpoints/STEP`, or a file: a pickle of EDM,
+      EDM2 or ECT, a `.pt` or JAX checkpoint of OpenAI, or safetensors of ours.
+    config: builds the model from this config instead of the run's own; to weights
+      alone, which bring their model, it adds data and samplers.
     weights: `online` or the name of an EMA; those the config samples from if empty.
+    form: 'denoiser' or 'consistency' for a file of OpenAI's whose path has no word
+      edm, cd or ct.
     mesh: where to put the weights; all devices if None.
-    say: told of damaged checkpoints that are passed over.
+    say: told of damaged checkpoints that are passed over, and of tensors not used.
 
-  Raises: UserError if there is no checkpoint, no such weights, or another network.
+  Raises: UserError if there is no checkpoint, no such weights, or another network; if
+    a file is damaged, of an unknown kind, or wants code to be run.
   """
+  mesh = mesh or sharding.data_mesh()
+  if Path(path).is_file():
+    return _load_file(path, config, form, mesh, say)
+  if form:
+    raise UserError(f'{path}: a folder says its own form; leave form={form!r} out')
 
-  def read(step, meta):
-    own = config or configs.from_json(meta['config'])
+  def read_step(step, meta):
+    own = _with_model(config, configs.from_json(meta['config']))
     network, f = configs.build_model(own)
     shape = tuple(meta['shape'])
-    like = abstract_params(
-      network, shape, meta['classes'], mesh or sharding.data_mesh()
-    )
+    like = abstract_params(network, shape, meta['classes'], mesh)
     name = weights or own.sample_weights
     params = checkpoint.read_weights(path, step, name, like)
-    return Pretrained(f, params, own, step, shape, meta['classes'])
+    origin = meta.get('origin', 'cmjax')
+    return Pretrained(f, params, own, step, shape, meta['classes'], origin)
 
-  return checkpoint.newest(path, read, say)
+  return checkpoint.newest(path, read_step, say)
+
+
+def _with_model(
+  config: configs.ConfigDict | None, theirs: configs.ConfigDict
+) -> configs.ConfigDict:
+  """The config, with the model of weights that have no more than that."""
+  if config is None or 'data' in theirs:
+    return config or theirs
+  known = configs.ConfigDict(config)
+  for key in theirs:
+    known[key] = theirs[key]
+  return known
+
+
+def _model_config(network: dict[str, Any], precond: dict[str, Any]):
+  return configs.ConfigDict(
+    {
+      'network': network,
+      'precond': precond,
+      'objective': {},
+      'sample_weights': checkpoint.ONLINE,
+    }
+  )
+
+
+def _open_file(path, form):
+  """A plan of a file, its config, and the step it says it is of."""
+  file = read.read(path)
+  if write.MARK in file.metadata:
+    meta = write.read_meta(file.metadata, path)
+    own = configs.from_json(meta['config'])
+    plan = names.own(file.content, meta, own.network.to_dict(), own.precond.to_dict())
+    return plan, own, meta['step']
+  plan = names.plan(file, path, form)
+  return plan, _model_config(plan.network, plan.precond), 0
+
+
+def _load_file(path, config, form, mesh, say):
+  plan, theirs, step = _open_file(path, form)
+  own = _with_model(config, theirs)
+  network, f = configs.build_model(own)
+  like = abstract_params(network, plan.shape, plan.classes, mesh)
+  params, unread = _placed(plan, like, path, say)
+  return Pretrained(
+    f, params, own, step, plan.shape, plan.classes, plan.origin, tuple(unread)
+  )
+
+
+def _placed(plan, like, path, say):
+  """The parameters of a plan on their devices; tensors that are not used are said."""
+  params, unread = names.assemble(plan, like, path)
+  if unread:
+    say(f'{path}: not used here: {", ".join(unread)}')
+  return jax.tree.map(lambda a, b: jax.device_put(a, b.sharding), params, like), unread
 
 
 def load_weights(
@@ -84,19 +173,59 @@ def load_weights(
 ) -> tuple[Params, configs.ConfigDict]:
   """The weights a run samples from, in the shapes and places of `like`; its config.
 
-  A learned weighting that only `like` has starts at zero.
+  The path may be a released file, as for `load`. A learned weighting that only `like`
+  has starts at zero.
 
   Raises: UserError if there is no checkpoint, or it is of another network.
   """
+  if Path(path).is_file():
+    plan, own, _ = _open_file(path, '')
+    wanted = dict(like)
+    if LOG_WEIGHT in like and not _has_log_weight(plan):
+      del wanted[LOG_WEIGHT]
+    known, _ = _placed(plan, wanted, path, say)
+    return _with_zeros(known, like), own
 
-  def read(step, meta):
+  def read_step(step, meta):
     own = configs.from_json(meta['config'])
     known = checkpoint.read_weights(path, step, own.sample_weights, like, LOG_WEIGHT)
-    fresh = {name: _zeros(like[name]) for name in like if name not in known}
-    return known | fresh, own
+    return _with_zeros(known, like), own
 
-  return checkpoint.newest(path, read, say)
+  return checkpoint.newest(path, read_step, say)
 
 
-def _zeros(like: jax.ShapeDtypeStruct) -> jax.Array:
-  return jax.device_put(jnp.zeros(like.shape, like.dtype), like.sharding)
+def _has_log_weight(plan: names.Plan) -> bool:
+  return bool(plan.network.get('log_weight', False))
+
+
+def _with_zeros(known: Params, like: Params) -> Params:
+  def zeros(a):
+    return jax.device_put(jnp.zeros(a.shape, a.dtype), a.sharding)
+
+  fresh = {name: like[name] for name in like if name not in known}
+  return known | jax.tree.map(zeros, fresh)
+
+
+def convert(
+  source: str | Path, target: str | Path, *, form: str = '', say: Callable[[str], None]
+) -> Pretrained:
+  """Writes what `load` opens as a checkpoint of ours, or as one safetensors file.
+
+  Args:
+    source: any path that `load` takes.
+    target: a folder to be made, or a file that ends with `.safetensors`.
+    form: as for `load`.
+    say: as for `load`.
+
+  Raises: UserError if the source cannot be read, or the target is there already.
+  """
+  target = Path(target)
+  if target.exists():
+    raise UserError(f'{target} is there already; give another place')
+  known = load(source, form=form, say=say)
+  meta = known.meta() | {'step': known.step}
+  if target.suffix == '.safetensors':
+    write.safetensors(target, jax.tree.map(np.asarray, known.params), meta)
+  else:
+    checkpoint.save_weights(target, known.step, known.params, meta)
+  return known

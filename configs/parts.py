@@ -245,6 +245,16 @@ def pseudo_huber(c: float) -> dict:
   return dict(fn='cmjax.distances:pseudo_huber', c=c)
 
 
+def lpips(resize: int = 224) -> dict:
+  """LPIPS, for a config that also has `perceptual=lpips_weights()`."""
+  return dict(fn='cmjax.networks.perceptual:lpips', pooling='max', resize=resize)
+
+
+def lpips_weights() -> dict:
+  """Weights of LPIPS, the user's to download; README, "Perceptual networks"."""
+  return dict(fn='cmjax.port.vision:load_lpips', vgg=REQUIRED, heads=REQUIRED)
+
+
 def weighting(name: str) -> dict:
   """A weighting of `cmjax.distances` that takes no keywords."""
   return dict(fn=f'cmjax.distances:{name}')

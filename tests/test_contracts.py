@@ -358,6 +358,59 @@ def test_objective_leaves_nothing_to_learn_at_the_truth(name, x64):
   assert np.all(gradient_and_losses(1.1)[1] > 1e-7)
 
 
+@pytest.mark.parametrize(
+  'build',
+  [
+    lambda f, d: discrete.ect(
+      f, times=LOGNORMAL, gap=GAP, distance=d, weighting=distances.uniform()
+    ),
+    lambda f, d: continuous.theorem3(
+      f, f, times=LOGNORMAL, distance=d, weighting=distances.uniform()
+    ),
+    lambda f, d: continuous.cd(
+      f, f, times=LOGNORMAL, distance=d, weighting=distances.uniform()
+    ),
+    lambda f, d: progressive.pd(
+      f,
+      steps=schedules.constant(value=4.0),
+      distance=d,
+      weighting=distances.uniform(),
+    ),
+  ],
+  ids=['ect', 'theorem3', 'continuous cd', 'pd'],
+)
+def test_objective_takes_a_distance_with_a_network(build):
+  f, params = small_model('discrete:ect', labels=False)
+
+  def measure(features, a, b):  # of a network with dead features
+    def look(x):
+      x = jnp.reshape(x, (len(x), -1))
+      return jax.nn.relu(jnp.matmul(x, features))
+
+    return jnp.sum((look(a) - look(b)) ** 2, axis=1)
+
+  loss = build(f, distances.Distance(measure, degree=2, perceptual=True))
+  batch = a_batch()._replace(cond=None)
+
+  @jax.jit
+  @jax.value_and_grad
+  def mean(params, features):
+    nets = core.Nets(params, jax.lax.stop_gradient(params), params, features)
+    return jnp.mean(loss(nets, batch, ONE_STEP, keys()).loss)
+
+  features = jax.random.normal(jax.random.key(11), (16, 5))
+  value, gradient = mean(params, features)
+  assert np.isfinite(value)
+  assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(gradient))
+  assert any(np.any(g != 0) for g in jax.tree.leaves(gradient))
+  other = mean(params, 2.0 * features)[1]
+  for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(gradient)):
+    # Features are an argument: twice as long, four times the squared difference.
+    np.testing.assert_allclose(a, 4 * b, rtol=1e-4, atol=1e-6)
+  with pytest.raises(ValueError, match=r'give config\.perceptual'):
+    jax.eval_shape(mean, params, None)
+
+
 # Levels t, and r by its share of t.
 EXTREMES = [(1e-3, 0.9), (300.0, 0.9), (1e-3, 0.0), (300.0, 0.0)]
 # Heun's step needs the field at r: such pairs have r > 0.

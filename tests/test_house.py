@@ -11,10 +11,10 @@ from tests.conftest import ROOT
 # Imports point strictly down: a module imports only from layers above it in this list.
 LAYERS = [
   ['core'],
-  ['process', 'schedules', 'distances'],
+  ['process', 'schedules', 'distances', 'optimizers'],
   ['precond', 'times', 'fields', 'solvers'],
   ['oracles', 'samplers', 'statistics', 'objectives.*', 'networks.*'],
-  ['studies'],
+  ['studies', 'port.*'],
   ['config', 'data', 'sharding', 'checkpoint', 'logs'],
   ['pretrained'],
   ['run'],
@@ -23,7 +23,7 @@ LAYERS = [
   ['main'],
 ]
 # Inside a folder, files may share the layer below their own.
-SHARED_IN_FOLDER = {'networks.layers'}
+SHARED_IN_FOLDER = {'networks.layers', 'port.read'}
 
 # Which module may import which library; jax, numpy and the standard library are free.
 DOORS = {
@@ -37,8 +37,11 @@ DOORS = {
   'matplotlib': ['logs'],
   'PIL': ['logs', 'data'],
   'sklearn': ['data', 'evaluate'],
-  'optax': ['run', 'train'],
+  'optax': ['run', 'train', 'optimizers'],
   'absl': ['main'],
+  'msgpack': ['port.*'],
+  'safetensors': ['port.*'],
+  'pickle': ['port.*'],
 }
 
 # Words that rot, or that hide faults; and where they are right.

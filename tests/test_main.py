@@ -33,6 +33,27 @@ NEW, TRAINED, EMPTY = '--workdir=@/NEW', '--workdir=@/TRAINED', '--workdir=@/EMP
 
 # What a user may get wrong, and what the one line must name.
 MISTAKES = {
+  'port from nowhere': (['--mode=port', '--to=@/PORTED'], r'port needs --from=PATH'),
+  'port to what is there': (
+    ['--mode=port', '--from=@/TRAINED', '--to=@/EMPTY'],
+    r'EMPTY is there already',
+  ),
+  'port of nothing': (
+    ['--mode=port', '--from=@/none.pkl', '--to=@/PORTED'],
+    r'none\.pkl: no checkpoints there',
+  ),
+  'port of a web page': (
+    ['--mode=port', '--from=@/page.pkl', '--to=@/PORTED'],
+    r'page\.pkl.* web page',
+  ),
+  'teacher is no checkpoint': (
+    ['--config=configs/cd.py:digits', NEW, '--config.teacher=@/page.pkl'],
+    r'page\.pkl.* web page',
+  ),
+  'start from no checkpoint': (
+    [*SMALL, NEW, '--config.init_from=@/page.pkl'],
+    r'page\.pkl.* web page',
+  ),
   'no config': ([NEW], r'give --config=FILE'),
   'no workdir': (SMALL, r'give --workdir=DIR'),
   'unknown flag': ([*SMALL, NEW, '--workdri=x'], r"flag 'workdri'"),
@@ -300,6 +321,7 @@ def listing(folder):
 def answers(place, trained):
   """Exit code, output and error output of each command; what was there before all."""
   (place / 'EMPTY').mkdir()
+  (place / 'page.pkl').write_text('<!DOCTYPE html><html>Not found</html>')
   for copy in ('SAMPLED', 'EVALUATED', 'STUDIED'):
     shutil.copytree(trained[0], place / copy)
   (place / 'SAMPLED' / 'samples' / 'step_00000003').mkdir(parents=True)

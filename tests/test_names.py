@@ -1,0 +1,243 @@
+"""Released checkpoints of every family open, with the numbers of their own code."""
+
+from collections import OrderedDict
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from cmjax import pretrained
+from cmjax.core import UserError
+from tests import foreign, recipe
+from tests.conftest import ROOT
+
+PICKLES = ('ddpmpp', 'ncsnpp', 'adm', 'ecm', 'edm2')
+TORCH = ('cd_imagenet', 'edm_lsun')
+MSGPACK = ('ct_ve', 'cd_vp')
+
+
+def golden(family):
+  """What the family's own code gave; names, shapes and arguments of its tensors."""
+  found = dict(np.load(ROOT / 'tests' / 'golden' / f'{family}.npz'))
+  return found | {key: json.loads(str(found[key])) for key in ('names', 'arguments')}
+
+
+def made(family):
+  """The family's tensors by the recipe, in the file's own dtype."""
+  tensors = {n: recipe.weights(n, s) for n, s in golden(family)['names'].items()}
+  dtype = np.float16 if family == 'edm2' else np.float32
+  return {name: np.asarray(a, dtype) for name, a in tensors.items()}
+
+
+def nested(tensors, separator):
+  tree = {}
+  for name, array in tensors.items():
+    *folders, leaf = name.split(separator)
+    place = tree
+    for folder in folders:
+      place = place.setdefault(folder, {})
+    place[leaf] = array
+  return tree
+
+
+def module(tree, class_name='Linear', **more):
+  """A pickled module of pickled modules, as torch_utils.persistence writes them."""
+  buffers = ('freqs', 'phases', 'resample_filter')
+  arrays = {k: v for k, v in tree.items() if not isinstance(v, dict)}
+  state = foreign.module_state(
+    {k: v for k, v in arrays.items() if k not in buffers},
+    {k: v for k, v in arrays.items() if k in buffers},
+    OrderedDict((k, module(v)) for k, v in tree.items() if isinstance(v, dict)),
+    **more,
+  )
+  return foreign.persistent(class_name, state)
+
+
+def pickled(tensors, class_name, arguments):
+  extra = dict(_init_args=(), _init_kwargs=arguments)
+  ema = module(nested(tensors, '.'), class_name, **extra)
+  return foreign.dumps(dict(ema=ema, loss_fn=None, dataset_kwargs={}))
+
+
+def write(folder, family, tensors=None, name='', **arguments):
+  """A file of the family in its own format."""
+  tensors = made(family) if tensors is None else tensors
+  facts = golden(family)
+  if family in PICKLES:
+    path = folder / (name or f'{family}.pkl')
+    known = facts['arguments'] | arguments
+    path.write_bytes(pickled(tensors, str(facts['class_name']), known))
+  elif family in TORCH:
+    path = folder / (name or f'{family}.pt')
+    path.write_bytes(foreign.torch_zip(tensors))
+  else:
+    path = folder / (name or f'{family}_checkpoint_80')
+    state = dict(step=80, params_ema=nested(tensors, '/'), rng_state={})
+    path.write_bytes(foreign.flax(state))
+  return path
+
+
+def outputs(model, family):
+  x, sigma, _, cond = recipe.inputs(
+    int(golden(family)['size']), 3, int(golden(family)['classes'])
+  )
+  return np.asarray(jax.jit(model.f)(model.params, x, sigma, cond))
+
+
+def relative(a, b):
+  return np.linalg.norm(a - b) / np.linalg.norm(b)
+
+
+@pytest.fixture(scope='module', params=[*PICKLES, *TORCH, *MSGPACK])
+def opened(request, tmp_path_factory, one_device):
+  path = write(tmp_path_factory.mktemp('released'), request.param)
+  said = []
+  model = pretrained.load(path, mesh=one_device, say=said.append)
+  return request.param, path, model, said
+
+
+def test_a_released_checkpoint_gives_the_numbers_of_its_own_code(opened):
+  family, _, model, said = opened
+  facts = golden(family)
+  # Float32 in another order of operations: measured 1e-7 to 1e-6.
+  assert relative(outputs(model, family), facts['output']) < 1e-5
+  size = int(facts['size'])
+  assert model.shape == (size, size, 3)
+  assert model.classes == facts['classes']
+  assert model.unread == ()
+  assert said == []
+
+
+def test_a_released_checkpoint_says_what_it_is(opened):
+  family, _, model, _ = opened
+  of = {
+    'ddpmpp': ('NVlabs/edm', 'edm'),
+    'ncsnpp': ('NVlabs/edm', 'edm'),
+    'adm': ('NVlabs/edm', 'edm'),
+    'ecm': ('locuslab/ect', 'consistency'),
+    'edm2': ('NVlabs/edm2', 'edm'),
+    'cd_imagenet': ('openai/consistency_models', 'consistency'),
+    'edm_lsun': ('openai/consistency_models', 'edm'),
+    'ct_ve': ('openai/consistency_models_cifar10', 'consistency'),
+    'cd_vp': ('openai/consistency_models_cifar10', 'consistency'),
+  }
+  origin, form = of[family]
+  assert model.origin == origin
+  assert model.config.precond.fn == f'cmjax.precond:{form}'
+  assert (model.sigma_range, model.data_range) == ((0.002, 80.0), (-1.0, 1.0))
+  boundary = {'ecm': 0.003}.get(family, 0.002)
+  if form == 'consistency':
+    assert model.config.precond.sigma_min == boundary
+
+
+@pytest.mark.parametrize('family', ['ddpmpp', 'edm2', 'cd_vp'])
+def test_a_checkpoint_goes_to_ours_and_to_safetensors_and_back_bit_for_bit(
+  family, tmp_path, one_device
+):
+  path = write(tmp_path, family)
+  model = pretrained.load(path, mesh=one_device)
+  quiet = dict(say=lambda text: None)
+  pretrained.convert(path, tmp_path / 'a', **quiet)
+  pretrained.convert(tmp_path / 'a', tmp_path / 'b.safetensors', **quiet)
+  pretrained.convert(tmp_path / 'b.safetensors', tmp_path / 'c', **quiet)
+  for place in ('a', 'b.safetensors', 'c'):
+    again = pretrained.load(tmp_path / place, mesh=one_device)
+    assert jax.tree.structure(again.params) == jax.tree.structure(model.params)
+    for a, b in zip(jax.tree.leaves(again.params), jax.tree.leaves(model.params)):
+      assert a.dtype == b.dtype
+      np.testing.assert_array_equal(a, b)
+    assert again.config == model.config
+    assert again[3:] == model[3:]  # step, shape, classes, origin, unread, levels
+
+
+def test_edm2_brings_its_uncertainty(tmp_path, one_device):
+  model = pretrained.load(write(tmp_path, 'edm2'), mesh=one_device)
+  network = pretrained.configs.build(model.config.network, 'network')
+  sigma = recipe.inputs(16, 3, 5)[1]
+  u = -network.log_weight(model.params, np.log(sigma) / 4)
+  np.testing.assert_allclose(u, golden('edm2')['log_variance'], rtol=1e-5)
+
+
+def test_augmentation_is_read_and_can_be_told(tmp_path, one_device):
+  model = pretrained.load(write(tmp_path, 'ddpmpp'), mesh=one_device)
+  assert model.params['map_augment']['kernel'].shape == (9, 16)
+  x, sigma, _, cond = recipe.inputs(16, 3, 5)
+  plain = model.f(model.params, x, sigma, cond)
+  told = [np.concatenate([cond, np.full((2, 9), v, 'f4')], axis=1) for v in (0, 1)]
+  np.testing.assert_array_equal(model.f(model.params, x, sigma, told[0]), plain)
+  assert relative(model.f(model.params, x, sigma, told[1]), plain) > 1e-3
+  with pytest.raises(ValueError, match='5 columns of labels, or 9 more'):
+    model.f(model.params, x, sigma, told[0][:, :8])
+
+
+@pytest.mark.parametrize(
+  ('family', 'conv'),
+  [
+    ('ddpmpp', 'model.enc.16x16_block0.conv0.weight'),
+    ('edm2', 'unet.enc.16x16_block0.conv_res0.weight'),
+    ('edm_lsun', 'input_blocks.1.0.in_layers.2.weight'),
+    ('ct_ve', 'ResnetBlockBigGANpp_0/Conv_0/kernel'),
+  ],
+)
+def test_a_missing_a_foreign_and_a_reshaped_tensor_are_named(family, conv, tmp_path):
+  tensors = made(family)
+  without = {name: a for name, a in tensors.items() if name != conv}
+  with pytest.raises(UserError, match='has no ') as error:
+    pretrained.load(write(tmp_path, family, without))
+  assert conv in str(error.value)
+  other = tensors | {conv: tensors[conv][:, :, :1, :1].copy()}
+  with pytest.raises(UserError, match=r'has shape .* of another network') as error:
+    pretrained.load(write(tmp_path, family, other))
+  assert conv in str(error.value)
+  stray = f'{conv}.copy'
+  said = []
+  more = tensors | {stray: tensors[conv]}
+  model = pretrained.load(write(tmp_path, family, more), say=said.append)
+  assert model.unread == (stray,)
+  assert len(said) == 1
+  assert stray in said[0]
+  broken = tensors | {conv: np.full_like(tensors[conv], np.nan)}
+  with pytest.raises(UserError, match='is not finite') as error:
+    pretrained.load(write(tmp_path, family, broken))
+  assert conv in str(error.value)
+
+
+def test_a_name_that_does_not_say_the_form_is_refused(tmp_path, one_device):
+  path = write(tmp_path, 'cd_imagenet', name='model.pt')
+  with pytest.raises(UserError, match='does not say whether it is a denoiser'):
+    pretrained.load(path, mesh=one_device)
+  model = pretrained.load(path, form='consistency', mesh=one_device)
+  expected = golden('cd_imagenet')['output']
+  assert relative(outputs(model, 'cd_imagenet'), expected) < 1e-5
+  denoiser = pretrained.load(path, form='denoiser', mesh=one_device)
+  assert denoiser.config.precond.fn == 'cmjax.precond:edm'
+  with pytest.raises(UserError, match=r"form must be one of .*, got 'flow'"):
+    pretrained.load(path, form='flow')
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'told'),
+  [
+    (dict(encoder_type='skip'), "encoder_type='skip', which is not here"),
+    (dict(decoder_type='skip'), "decoder_type='skip', which is not here"),
+    (dict(model_type='Transformer'), "model_type='Transformer', which is not here"),
+    (dict(channel_mult_emb=2), 'channel_mult_emb=2, which is not here'),
+    (dict(sparkle=3), 'sparkle=3, which is not known here'),
+  ],
+)
+def test_a_network_that_is_not_here_is_named(arguments, told, tmp_path):
+  with pytest.raises(UserError, match=told) as error:
+    pretrained.load(write(tmp_path, 'ddpmpp', **arguments))
+  assert '\n' not in str(error.value)
+
+
+def test_other_files_say_what_they_hold(tmp_path):
+  path = tmp_path / 'cd.pt'
+  path.write_bytes(foreign.torch_zip({'weight': np.zeros(2, np.float32)}))
+  with pytest.raises(UserError, match=r'not a checkpoint of EDM.*it holds weight'):
+    pretrained.load(path)
+  baseline = pickled(made('ddpmpp'), 'VPPrecond', {})
+  path.write_bytes(baseline)
+  with pytest.raises(UserError, match='holds a VPPrecond; known are EDMPrecond'):
+    pretrained.load(path)
