@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import optax
 
 
-def unit_weights(*, optimizer: optax.GradientTransformation):
+def unit_weights(
+  *, optimizer: optax.GradientTransformation
+) -> optax.GradientTransformation:
   """`optimizer`, and after each update every weight back at unit magnitude.
 
   For `networks.edm2`: a parameter is a weight if it is called `weight`; each of its

@@ -126,7 +126,9 @@ def _with_model(
   return known
 
 
-def _model_config(network: dict[str, Any], precond: dict[str, Any]):
+def _model_config(
+  network: dict[str, Any], precond: dict[str, Any]
+) -> configs.ConfigDict:
   return configs.ConfigDict(
     {
       'network': network,
@@ -137,7 +139,9 @@ def _model_config(network: dict[str, Any], precond: dict[str, Any]):
   )
 
 
-def _open_file(path, form):
+def _open_file(
+  path: str | Path, form: str
+) -> tuple[names.Plan, configs.ConfigDict, int]:
   """A plan of a file, its config, and the step it says it is of."""
   file = read.read(path)
   if write.MARK in file.metadata:
@@ -149,7 +153,13 @@ def _open_file(path, form):
   return plan, _model_config(plan.network, plan.precond), 0
 
 
-def _load_file(path, config, form, mesh, say):
+def _load_file(
+  path: str | Path,
+  config: configs.ConfigDict | None,
+  form: str,
+  mesh: jax.sharding.Mesh,
+  say: Callable[[str], None],
+) -> Pretrained:
   plan, theirs, step = _open_file(path, form)
   own = _with_model(config, theirs)
   network, f = configs.build_model(own)
@@ -160,7 +170,9 @@ def _load_file(path, config, form, mesh, say):
   )
 
 
-def _placed(plan, like, path, say):
+def _placed(
+  plan: names.Plan, like: Params, path: str | Path, say: Callable[[str], None]
+) -> tuple[Params, list[str]]:
   """The parameters of a plan on their devices; tensors that are not used are said."""
   params, unread = names.assemble(plan, like, path)
   if unread:

@@ -159,6 +159,22 @@ def test_edm2_brings_its_uncertainty(tmp_path, one_device):
   np.testing.assert_allclose(u, golden('edm2')['log_variance'], rtol=1e-5)
 
 
+def test_edm2_tuned_by_ect_has_no_uncertainty(tmp_path, one_device):
+  tensors = {n: a for n, a in made('edm2').items() if 'logvar' not in n}
+  path = write(tmp_path, 'edm2', tensors, dropout_res=16)
+  model = pretrained.load(path, mesh=one_device)
+  assert 'log_weight' not in model.params
+  assert relative(outputs(model, 'edm2'), golden('edm2')['output']) < 1e-5
+
+
+def test_a_name_that_is_there_twice_is_refused(tmp_path):
+  path = tmp_path / 'cd-l2'
+  twice = {'a': {'b': np.ones(2)}, 'a/b': np.ones(2)}
+  path.write_bytes(foreign.flax(dict(params_ema=twice)))
+  with pytest.raises(UserError, match='there twice'):
+    pretrained.load(path)
+
+
 def test_augmentation_is_read_and_can_be_told(tmp_path, one_device):
   model = pretrained.load(write(tmp_path, 'ddpmpp'), mesh=one_device)
   assert model.params['map_augment']['kernel'].shape == (9, 16)
@@ -190,7 +206,7 @@ def test_a_missing_a_foreign_and_a_reshaped_tensor_are_named(family, conv, tmp_p
   with pytest.raises(UserError, match=r'has shape .* of another network') as error:
     pretrained.load(write(tmp_path, family, other))
   assert conv in str(error.value)
-  stray = f'{conv}.copy'
+  stray = f'{conv}_copy'
   said = []
   more = tensors | {stray: tensors[conv]}
   model = pretrained.load(write(tmp_path, family, more), say=said.append)
@@ -201,6 +217,25 @@ def test_a_missing_a_foreign_and_a_reshaped_tensor_are_named(family, conv, tmp_p
   with pytest.raises(UserError, match='is not finite') as error:
     pretrained.load(write(tmp_path, family, broken))
   assert conv in str(error.value)
+
+
+def test_what_a_student_does_not_take_from_a_released_file_is_said(
+  tmp_path, one_device
+):
+  path = write(tmp_path, 'ddpmpp')
+  model = pretrained.load(path, mesh=one_device)
+  part = model.config.network.to_dict() | dict(augment=0, log_weight=True)
+  network = pretrained.configs.build(pretrained.configs.ConfigDict(part), 'network')
+  like = pretrained.abstract_params(network, (16, 16, 3), 5, one_device)
+  said = []
+  params, own = pretrained.load_weights(path, like, said.append)
+  assert said == [f'{path}: not used here: model.map_augment.weight']
+  assert own == model.config
+  assert not np.any(params.pop('log_weight'))
+  known = {k: v for k, v in model.params.items() if k != 'map_augment'}
+  assert jax.tree.structure(params) == jax.tree.structure(known)
+  for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(known)):
+    np.testing.assert_array_equal(a, b)
 
 
 def test_a_name_that_does_not_say_the_form_is_refused(tmp_path, one_device):

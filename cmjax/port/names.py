@@ -86,10 +86,17 @@ def plan(file: read.File, path: str | Path, form: str = '') -> Plan:
   if isinstance(content, read.Module):
     return _edm(content, path)
   if 'params_ema' in content:
-    return _openai_jax(read.tensors(content['params_ema'], '/'), path, form)
+    return _openai_jax(_flat(content['params_ema'], '/', path), path, form)
   if 'time_embed.0.weight' in content:
-    return _openai(read.tensors(content), path, form)
+    return _openai(_flat(content, '.', path), path, form)
   raise _unknown(path, ', '.join(str(name)[:40] for name in list(content)[:5]))
+
+
+def _flat(content: Any, separator: str, path: str | Path) -> Tensors:
+  try:
+    return read.tensors(content, separator)
+  except ValueError as error:
+    raise UserError(f'{path}: damaged or not a checkpoint ({error})') from error
 
 
 def own(
@@ -191,6 +198,7 @@ def _edm(module: read.Module, path: str | Path) -> Plan:
   classes = said.take('label_dim', 0)
   if module.class_name == 'Precond':
     network, origin, prefix = _edm2_network(said), 'NVlabs/edm2', 'unet'
+    network['log_weight'] = 'logvar_linear.weight' in module.tensors  # not in ECT's
   else:
     origin = 'locuslab/ect' if 'sigma_min' in precond else 'NVlabs/edm'
     prefix = 'model'
@@ -285,7 +293,6 @@ def _edm2_network(said: _Arguments) -> dict[str, Any]:
     balance=balance,
     clip=float(said.take('clip_act', 256)),
     noise_scale=1.0,
-    log_weight=True,
   )
 
 

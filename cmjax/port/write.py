@@ -23,7 +23,10 @@ def safetensors(path: Path, params: Params, meta: Mapping[str, Any]) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
   new = path.with_name(path.name + '.new')
   try:
+    new.touch()
+    rights = new.stat().st_mode  # of any new file; `save_file` makes it private
     save_file(flat, new, {MARK: json.dumps(dict(meta))})
+    new.chmod(rights)
     new.replace(path)  # at once: a kill leaves no half of a file under its name
   except OSError as error:
     raise UserError(f'{path}: cannot be written ({error.strerror})') from error
