@@ -14,7 +14,7 @@ import numpy as np
 from cmjax import checkpoint, sharding
 from cmjax import config as configs
 from cmjax.core import LOG_WEIGHT, Model, Network, Params, UserError
-from cmjax.port import names, read, write
+from cmjax.port import names, read, released, write
 
 SIGMA_RANGE = (0.002, 80.0)
 
@@ -149,7 +149,7 @@ def _open_file(
     own = configs.from_json(meta['config'])
     plan = names.own(file.content, meta, own.network.to_dict(), own.precond.to_dict())
     return plan, own, meta['step']
-  plan = names.plan(file, path, form)
+  plan = released.plan(file, path, form)
   return plan, _model_config(plan.network, plan.precond), 0
 
 
@@ -235,6 +235,7 @@ def convert(
   if target.exists():
     raise UserError(f'{target} is there already; give another place')
   known = load(source, form=form, say=say)
+  known.config.sample_weights = checkpoint.ONLINE  # the name of the only ones there
   meta = known.meta() | {'step': known.step}
   if target.suffix == '.safetensors':
     write.safetensors(target, jax.tree.map(np.asarray, known.params), meta)

@@ -265,12 +265,17 @@ def _opening(run: Run, start: int) -> str:
 
 
 def check_claim(workdir: str | Path, config: configs.ConfigDict) -> None:
-  """Refuses a work directory that holds a run with another config.
+  """Refuses a work directory that holds a run with another config, or weights alone.
 
   Raises: UserError naming what differs.
   """
   path = Path(workdir) / 'config.json'
   if not path.exists():
+    if checkpoint.any_in(workdir):
+      raise UserError(
+        f'{workdir} holds weights and no run; to train from them give '
+        f'--config.init_from={workdir} and another --workdir'
+      )
     return
   try:
     old = configs.from_json(path.read_text(encoding='utf-8'))

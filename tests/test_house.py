@@ -14,6 +14,8 @@ LAYERS = [
   ['process', 'schedules', 'distances', 'optimizers'],
   ['precond', 'times', 'fields', 'solvers'],
   ['oracles', 'samplers', 'statistics', 'objectives.*', 'networks.*'],
+  ['port.pickles', 'port.names'],
+  ['port.edm', 'port.openai', 'port.read'],
   ['studies', 'port.*'],
   ['config', 'data', 'sharding', 'checkpoint', 'logs'],
   ['pretrained'],
@@ -23,7 +25,7 @@ LAYERS = [
   ['main'],
 ]
 # Inside a folder, files may share the layer below their own.
-SHARED_IN_FOLDER = {'networks.layers', 'port.read'}
+SHARED_IN_FOLDER = {'networks.layers'}
 
 # Which module may import which library; jax, numpy and the standard library are free.
 DOORS = {

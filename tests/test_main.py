@@ -7,11 +7,12 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import numpy as np
 from PIL import Image
 import pytest
 
-from cmjax import data, evaluate
+from cmjax import data, evaluate, pretrained
 from tests.conftest import ROOT
 
 SMALL = [
@@ -249,6 +250,18 @@ COMMANDS = {
   ],
   'sample': ['--mode=sample', '--workdir=@/SAMPLED'],
   'evaluate': ['--mode=evaluate', '--workdir=@/EVALUATED'],
+  'weights out': ['--mode=port', '--from=@/TRAINED', '--to=@/PORTED/w.safetensors'],
+  'and in': ['--mode=port', '--from=@/PORTED/w.safetensors', '--to=@/PORTED/back'],
+  'sample of them': ['--mode=sample', '--workdir=@/PORTED/back'],
+  'train there': [*SMALL, '--workdir=@/PORTED/back'],
+  'teach with them': [
+    '--config=configs/cd.py:digits',
+    *SMALL[1:],
+    '--config.total_images=8',
+    '--config.teacher=@/PORTED/w.safetensors',
+    '--config.init_from=@/PORTED/w.safetensors',
+    '--workdir=@/PORTED/taught',
+  ],
   'dry run': [*SMALL, '--mode=dry_run'],
   'dry run of what must be given': [ECT, '--mode=dry_run'],
 }
@@ -372,6 +385,10 @@ def test_nothing_is_touched_but_what_the_commands_write(answers, place):
     ('EVALUATED', 'evaluation_00000003_2.json'),
     ('EVALUATED', 'evaluation_00000003_2.md'),
     ('STUDIED', 'studies'),
+    ('PORTED',),
+    ('PORTED', 'w.safetensors'),
+    ('PORTED', 'back'),
+    ('PORTED', 'taught'),
   }
   assert {name: after.get(name) for name in before} == before
 
@@ -412,6 +429,24 @@ def test_an_evaluation_is_a_table_of_those_samples_beside_earlier_ones(answers, 
   assert f'| heun | 35 | 32 | {row["pixel_frechet"]:.3f} |' in text
   assert 'digits (scikit-learn, 8x8), step 3, weights slow, seed 1' in text
   assert text in out
+
+
+def test_weights_leave_as_safetensors_and_come_back_to_sample_and_to_teach(
+  answers, trained, place
+):
+  for name in ('weights out', 'and in', 'sample of them', 'teach with them'):
+    assert answers[0][name][0] == 0, answers[0][name]
+  run, ported = (pretrained.load(p) for p in (trained[0], place / 'PORTED' / 'back'))
+  assert ported.config.sample_weights == 'online'
+  assert (ported.step, ported.shape, ported.classes) == (3, (8, 8, 1), 10)
+  jax.tree.map(np.testing.assert_array_equal, ported.params, run.params)
+  assert (place / 'PORTED' / 'back' / 'samples' / 'step_00000003' / 'heun.npz').exists()
+  code, _, err = answers[0]['train there']
+  assert code == 2
+  assert err.count('\n') == 1
+  assert re.search(r'weights and no run; .*--config\.init_from=.*PORTED/back', err)
+  assert not (place / 'PORTED' / 'back' / 'config.json').exists()
+  assert (place / 'PORTED' / 'taught' / 'checkpoints' / '1').is_dir()
 
 
 def test_a_study_is_tables_and_pictures(answers, place):

@@ -13,7 +13,7 @@ import pytest
 import safetensors.numpy
 
 from cmjax.core import UserError
-from cmjax.port import read
+from cmjax.port import pickles, read
 from tests import foreign
 
 ARRAYS = {
@@ -94,7 +94,7 @@ def test_edm_pickle(reading):
   assert ema.class_name == 'EDMPrecond'
   assert ema.arguments == dict(model_type='SongUNet', depth=2, args=(8,))
   same(ema.tensors, arrays)
-  assert file.content['loss_fn'] == read.Module('EDMLoss', {}, {})
+  assert file.content['loss_fn'] == pickles.Module('EDMLoss', {}, {})
   assert file.content['dataset_kwargs'] == dict(use_labels=True)
   same(read.tensors(file.content['ema']), arrays)
   assert next(iter(read.tensors(file.content, '/'))) == 'ema/model/map/weight'
