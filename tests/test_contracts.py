@@ -139,7 +139,7 @@ NETWORKS = {
     (8, 8, 3),
   ),
 }
-UNETS = [name for name, (_, shape) in NETWORKS.items() if shape == (8, 8, 3)]
+UNETS = [name for name in NETWORKS if not name.startswith('mlp') and ' ' not in name]
 # Networks whose learned weighting does not start at zero: EDM2's does not either.
 WEIGHTED_AT_FIRST = {'edm2:edm2'}
 PRECONDITIONERS = {
@@ -589,15 +589,11 @@ def test_network_jvp_is_the_central_difference(name, x64):
 
 
 @pytest.mark.parametrize('name', UNETS)
-@pytest.mark.parametrize('attend', ['chunked', 'fused'])
-def test_every_attention_and_remat_compute_the_same(name, attend):
+def test_every_attention_and_remat_compute_the_same(name):
   build, shape = NETWORKS[name]
-  net, other = build(), build(attend=attend, remat=True)
+  net = build()
   arguments = inputs(net, shape)
   params = some_params(net, *arguments)
-  assert jax.tree.structure(params) == jax.tree.structure(
-    jax.eval_shape(other.init, jax.random.key(0), *arguments)
-  )
 
   def gradient_of_jvp(net):
     @jax.jit
@@ -610,9 +606,14 @@ def test_every_attention_and_remat_compute_the_same(name, attend):
 
     return loss(params)
 
-  for a, b in zip(*map(jax.tree.leaves, map(gradient_of_jvp, (net, other)))):
-    # The same mathematics in another order of operations, float32.
-    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(jnp.max(jnp.abs(b))))
+  expected = gradient_of_jvp(net)
+  for other in (build(attend='chunked', remat=True), build(attend='fused')):
+    init = jax.eval_shape(other.init, jax.random.key(0), *arguments)
+    assert jax.tree.structure(init) == jax.tree.structure(params)
+    for a, b in zip(*map(jax.tree.leaves, (gradient_of_jvp(other), expected))):
+      # The same mathematics in another order of operations, float32.
+      atol = 1e-4 * float(jnp.max(jnp.abs(b)))
+      np.testing.assert_allclose(a, b, rtol=1e-3, atol=atol)
 
 
 # Preconditioners and samplers ------------------------------------------------------

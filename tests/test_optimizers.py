@@ -18,7 +18,7 @@ def trained():
     channels=8, channel_mult=(1, 2), blocks=1, attention=(4,), head_channels=4
   )
   x, c_noise = jax.random.normal(jax.random.key(0), (2, 8, 8, 3)), jnp.zeros(2)
-  first = net.init(jax.random.key(1), x, c_noise, None)
+  first = jax.jit(lambda: net.init(jax.random.key(1), x, c_noise, None))()
   tx = optimizers.unit_weights(optimizer=optax.adam(1e-2))
 
   @jax.jit
