@@ -22,8 +22,10 @@ done
 echo "Finished in $((SECONDS - begun)) s after installation."
 echo
 for model in teacher student; do
-  cat "$(ls -t "$out/$model"/evaluation_*.md | head -n 1)"
-done | awk '/^[|]/ && !seen[$0]++'
+  awk -v model="$model" '/^[|]/ {
+    print "|", (++row == 1 ? "model" : row == 2 ? "---" : model), $0
+  }' "$(ls -t "$out/$model"/evaluation_*.md | head -n 1)"
+done | awk '!seen[$0]++'
 echo
 for model in teacher student; do
   ls -t "$out/$model"/samples/*/all.png | head -n 1
