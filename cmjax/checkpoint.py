@@ -14,6 +14,8 @@ import sys
 from typing import Any, TypeVar
 
 import jax
+from jax.experimental import multihost_utils
+import numpy as np
 import orbax.checkpoint as ocp
 
 from cmjax.core import Params, TrainState, UserError, first_line, unused
@@ -27,6 +29,8 @@ class Checkpoints:
   """The checkpoints of one run, under `workdir/checkpoints`."""
 
   def __init__(self, workdir: str | Path, keep: int):
+    self._silence = contextlib.ExitStack()
+    self._silence.enter_context(_quiet())  # what fails in the background is said below
     self._folder = Path(workdir).resolve() / 'checkpoints'
     self._manager = ocp.CheckpointManager(
       self._folder,
@@ -42,7 +46,23 @@ class Checkpoints:
       return
     items = {name: ocp.args.StandardSave(v) for name, v in _items(state).items()}
     items['meta'] = ocp.args.JsonSave(meta | {'step': step})
-    self._manager.save(step, args=ocp.args.Composite(**items))
+    with self._writing():
+      self._manager.save(step, args=ocp.args.Composite(**items))
+
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    """A disk that is full or gone surfaces as many kinds of error, here or later."""
+    try:
+      yield
+    except Exception as error:
+      full = any(sign in str(error) for sign in ('RESOURCE_EXHAUSTED', 'No space left'))
+      reason = 'no space left' if full else first_line(error)
+      _, steps = _find(self._folder.parent)
+      rest = f'goes on from step {steps[0]}' if steps else 'starts again'
+      raise UserError(
+        f'{self._folder}: a checkpoint could not be saved ({reason}); mend that and '
+        f'give the same command, which {rest}'
+      ) from error
 
   def restore(self, like: TrainState, say: Callable[[str], None]) -> TrainState | None:
     """The newest whole checkpoint in the shapes and shardings of `like`, or None.
@@ -55,11 +75,13 @@ class Checkpoints:
     """
     damaged = {}
     for step in sorted(self._manager.all_steps(), reverse=True):
+      state, reason = None, 'another process could not read it'
       try:
-        with _quiet():
-          state = self._read(step, like)
+        state = self._read(step, like)
       except Exception as error:  # a cut file surfaces as many kinds of error
-        damaged[step] = first_line(error)
+        reason = first_line(error)
+      if not _everywhere(state is not None):
+        damaged[step] = reason
         continue
       for newer, reason in damaged.items():
         say(f'checkpoint {newer} is damaged ({reason}), now {self._set_aside(newer)}')
@@ -88,13 +110,16 @@ class Checkpoints:
 
   def _set_aside(self, step: int) -> Path:
     aside = unused(self._folder / f'{step}.damaged')
-    (self._folder / str(step)).rename(aside)
+    if jax.process_index() == 0:
+      (self._folder / str(step)).rename(aside)
+    multihost_utils.sync_global_devices(f'{step} is set aside')
     self._manager.reload()  # it remembers the steps it has seen
     return aside
 
   def close(self) -> None:
-    """Waits, then lets go."""
-    self._manager.close()
+    """Waits for what is being saved, then lets go."""
+    with self._silence, self._writing():
+      self._manager.close()
 
 
 def save_weights(
@@ -209,6 +234,11 @@ def _read(folder: Path, step: int, **items: Any) -> Any:
     return manager.restore(step, args=ocp.args.Composite(**items))
 
 
+def _everywhere(well: bool) -> bool:
+  """Whether it went well in every process."""
+  return bool(np.all(multihost_utils.process_allgather(np.array(well))))
+
+
 def _items(state: TrainState) -> dict[str, Any]:
   items = {ONLINE: state.params, 'opt_state': state.opt_state, 'step': [state.step]}
   if state.target is not None:
@@ -224,13 +254,14 @@ def _abstract(tree: Any) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-  """Keeps orbax from printing a page for each array of a damaged checkpoint."""
+  """Keeps orbax from printing a page for each array that it cannot read or write."""
   hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
-  level = logging.root.manager.disable
-  logging.disable(logging.ERROR)
+  logger = logging.getLogger('absl')
+  level = logger.level
+  logger.setLevel(logging.CRITICAL)
   try:
     yield
   finally:
     gc.collect()
-    logging.disable(level)
+    logger.setLevel(level)
     sys.unraisablehook = hook

@@ -46,22 +46,19 @@ def batch_at(
   seed: int,
   step: int,
   batch_size: int,
-  process: int = 0,
-  processes: int = 1,
+  rows: np.ndarray | None = None,
 ) -> Batch:
-  """This process's share of the step's global batch, as numpy arrays.
+  """The step's global batch, or those rows i[R] of it, as numpy arrays.
 
   The examples follow one endless sequence of permutations, so that each is seen once an
-  epoch whatever the batch size. x0 f32[batch_size / processes, ...], images in
-  [-1, 1]; `processes` must divide `batch_size`.
+  epoch whatever the batch size. x0 f32[R, ...], images in [-1, 1].
   """
-  share = batch_size // processes
-  first = step * batch_size + process * share
-  index = _endless_permutation(seed, len(source.examples), first, share)
+  rows = np.arange(batch_size) if rows is None else rows
+  first = step * batch_size
+  index = _endless_permutation(seed, len(source.examples), first, batch_size)[rows]
   x0 = as_x0(source, source.examples[index])
   if source.flip:
     bits = np.random.Generator(np.random.Philox(key=[seed, 2**32 + step]))
-    rows = np.arange(process * share, (process + 1) * share)
     mirrored = bits.integers(2, size=batch_size)[rows].astype(bool)
     x0[mirrored] = x0[mirrored, :, ::-1]
   cond = None if source.labels is None else one_hot(source, index)

@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 from clu import parameter_overview
+import jax
 from matplotlib import figure as figures
 from matplotlib.backends import backend_agg
 import numpy as np
@@ -18,7 +19,9 @@ import tqdm
 
 
 def say(text: str) -> None:
-  """One line to the user, above a progress bar if there is one."""
+  """One line to the user, from the first process, above a progress bar if any."""
+  if jax.process_index() != 0:
+    return
   tqdm.tqdm.write(text, file=sys.stdout)
   sys.stdout.flush()
 
@@ -81,7 +84,7 @@ class Progress:
   def __init__(self, start: int, total: int):
     self._total = total
     self._begun = time.monotonic(), start
-    terminal = sys.stderr.isatty()
+    terminal = sys.stderr.isatty() and jax.process_index() == 0
     self._bar = (
       tqdm.tqdm(total=total, initial=start, unit='step', dynamic_ncols=True)
       if terminal

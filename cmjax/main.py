@@ -1,10 +1,11 @@
-"""Command line: flags -> train, sample, evaluate, study, dry_run or port."""
+"""Command line: flags -> train, sample, evaluate, study, dry_run, port or bench."""
 
 from collections.abc import Sequence
 import json
 import math
 import os
 from pathlib import Path
+import platform
 import sys
 from typing import Any
 
@@ -12,11 +13,11 @@ from absl import flags
 import jax
 import numpy as np
 
+from cmjax import bench, data, evaluate, logs, pretrained, sharding
 from cmjax import config as configs
-from cmjax import data, evaluate, logs, pretrained
 from cmjax import run as runs
 from cmjax import train as training
-from cmjax.core import UserError, unused
+from cmjax.core import UserError, first_line, unused
 
 _CONFIG = configs.define_flag('config')
 _WORKDIR = flags.DEFINE_string(
@@ -25,7 +26,7 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
   'mode',
   'train',
-  ['train', 'sample', 'evaluate', 'study', 'dry_run', 'port'],
+  ['train', 'sample', 'evaluate', 'study', 'dry_run', 'port', 'bench'],
   'What to do.',
 )
 _FROM = flags.DEFINE_string(
@@ -36,6 +37,36 @@ _TO = flags.DEFINE_string(
 )
 _FORM = flags.DEFINE_string(
   'form', '', "With --mode=port: 'denoiser' or 'consistency', for OpenAI's files."
+)
+_DISTRIBUTED = flags.DEFINE_bool(
+  'distributed',
+  False,
+  'One process of several, as a TPU pod, GKE or Slurm starts them.',
+)
+_COORDINATOR = flags.DEFINE_string(
+  'coordinator', '', 'HOST:PORT of process 0, where no cluster says it.'
+)
+_PROCESSES = flags.DEFINE_integer('processes', 0, 'With --coordinator: how many.')
+_PROCESS = flags.DEFINE_integer('process', -1, 'With --coordinator: which, from 0.')
+_CACHE = flags.DEFINE_string(
+  'compilation_cache',
+  str(Path.home() / '.cache' / 'cmjax' / platform.node()),
+  'Folder of compiled programs, for a faster next start; empty: none.',
+)
+
+
+_OURS = (
+  _CONFIG,
+  _WORKDIR,
+  _MODE,
+  _FROM,
+  _TO,
+  _FORM,
+  _DISTRIBUTED,
+  _COORDINATOR,
+  _PROCESSES,
+  _PROCESS,
+  _CACHE,
 )
 
 
@@ -48,27 +79,55 @@ def main() -> None:
     'study': _study,
     'dry_run': _dry_run,
     'port': _port,
+    'bench': _bench,
   }
   try:
     _parse(sys.argv)
+    _start()
     modes[_MODE.value]()
   except (UserError, FloatingPointError) as error:
-    sys.exit(_fail(str(error)))
+    _fail(str(error))
+  except OSError as error:
+    _fail(f'{error.filename or _WORKDIR.value}: {error.strerror or error}')
+  except jax.errors.JaxRuntimeError as error:
+    _fail(f'{first_line(error)}; {_way_out(str(error))}', code=1)
   except KeyboardInterrupt:
-    _fail('stopped; a training goes on from its last checkpoint by the same command')
-    sys.exit(130)
+    text = 'stopped; a training goes on from its last checkpoint by the same command'
+    _fail(text, code=130)
 
 
-def _fail(text: str) -> int:
-  print(f'cmjax: {text}', file=sys.stderr)
-  return 2
+def _start() -> None:
+  """Joins the other processes, and finds what earlier ones compiled."""
+  if _CACHE.value and not jax.config.jax_compilation_cache_dir:
+    jax.config.update('jax_compilation_cache_dir', _CACHE.value)
+  if _COORDINATOR.value or _DISTRIBUTED.value:
+    sharding.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+  elif _PROCESSES.value or _PROCESS.value >= 0:
+    raise UserError('--processes and --process go with --coordinator=HOST:PORT')
+
+
+def _way_out(error: str) -> str:
+  if 'RESOURCE_EXHAUSTED' in error:
+    return (
+      'raise config.accumulate, set config.network.remat=True, or split the state: '
+      'config.mesh.fsdp=True'
+    )
+  if jax.process_count() > 1:
+    return 'another process or a device is gone; the same command goes on'
+  return 'a device failed'
+
+
+def _fail(text: str, code: int = 2) -> None:
+  many = flags.FLAGS.is_parsed() and jax.process_count() > 1
+  process = f'process {jax.process_index()}: ' if many else ''
+  sys.stdout.flush()
+  print(f'cmjax: {process}{text}', file=sys.stderr, flush=True)
+  os._exit(code)  # the usual way out waits for processes and disks that may be gone
 
 
 def _help() -> int:
   print('cmjax --config=FILE --workdir=DIR [--mode=MODE] [--config.KEY=VALUE ...]')
-  for flag in (
-    flags.FLAGS[holder.name] for holder in (_CONFIG, _WORKDIR, _MODE, _FROM, _TO, _FORM)
-  ):
+  for flag in (flags.FLAGS[holder.name] for holder in _OURS):
     print(f'  --{flag.name}: {flag.help}')
   return 0
 
@@ -127,8 +186,9 @@ def _train() -> None:
   hooks = {'picture': evaluate.log_pictures}
   if config.every.evaluate_steps:
     hooks['evaluate'] = evaluate.table_logger(evaluate.build_metrics(run))
-  training.train(run, workdir, hooks)
-  logs.say(f'done: {workdir}')
+  state = training.train(run, workdir, hooks)
+  if int(state.step) == run.total_steps:
+    logs.say(f'done: {workdir}')
 
 
 def _reopened() -> runs.Opened:
@@ -216,6 +276,21 @@ def _port() -> None:
     f'{_TO.value}: a {known.config.precond.fn} of {known.config.network.fn} on '
     f'{known.shape} with {classes}, from {_FROM.value} ({known.origin})'
   )
+
+
+def _bench() -> None:
+  config = _config()
+  if config.init_from:
+    with config.unlocked():
+      config.init_from = ''  # weights take the same time whatever they are
+  found = bench.measure(runs.prepare(config))
+  logs.say(bench.report(found))
+  if _WORKDIR.value:
+    path = unused(_workdir() / 'bench', '.json')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    facts = found | {'config': config.to_dict()}
+    path.write_text(json.dumps(_finite(facts), indent=2), encoding='utf-8')
+    logs.say(f'\n{path}')
 
 
 def _dry_run() -> None:

@@ -62,11 +62,9 @@ def abstract_params(
   network: Network, shape: tuple[int, ...], classes: int, mesh: jax.sharding.Mesh
 ) -> Params:
   """Shapes, dtypes and places of a network's parameters, without computing any."""
-  everywhere = sharding.replicated(mesh)
   inputs = example_inputs(shape, classes, network.clocks)
-  return jax.tree.map(
-    lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere),
-    jax.eval_shape(network.init, jax.random.key(0), *inputs),
+  return sharding.abstract(
+    mesh, jax.eval_shape(network.init, jax.random.key(0), *inputs)
   )
 
 
@@ -177,7 +175,7 @@ def _placed(
   params, unread = names.assemble(plan, like, path)
   if unread:
     say(f'{path}: not used here: {", ".join(unread)}')
-  return jax.tree.map(lambda a, b: jax.device_put(a, b.sharding), params, like), unread
+  return sharding.place(params, jax.tree.map(lambda a: a.sharding, like)), unread
 
 
 def load_weights(
@@ -211,11 +209,9 @@ def _has_log_weight(plan: names.Plan) -> bool:
 
 
 def _with_zeros(known: Params, like: Params) -> Params:
-  def zeros(a):
-    return jax.device_put(jnp.zeros(a.shape, a.dtype), a.sharding)
-
   fresh = {name: like[name] for name in like if name not in known}
-  return known | jax.tree.map(zeros, fresh)
+  zeros = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), fresh)
+  return known | sharding.place(zeros, jax.tree.map(lambda a: a.sharding, fresh))
 
 
 def convert(

@@ -42,6 +42,7 @@ class Run(NamedTuple):
   samplers: dict[str, Sampler]
   schedules: dict[str, Schedule]  # every schedule of the config, by dotted path
   frozen: Frozen
+  teacher: Model | None
 
   @property
   def total_steps(self) -> int:
@@ -109,8 +110,13 @@ def prepare(config: configs.ConfigDict, mesh: jax.sharding.Mesh | None = None) -
   Raises: UserError naming the key and the way out.
   """
   configs.checked(config)
-  mesh = mesh or sharding.data_mesh()
-  sharding.check_divisible(config.batch_size, mesh, 'config.batch_size')
+  mesh = mesh or configs.build(config.mesh, 'config.mesh')
+  parts = config.accumulate
+  if config.batch_size % parts:
+    raise UserError(
+      f'config.accumulate: {parts} parts do not divide a batch of {config.batch_size}'
+    )
+  sharding.check_divisible(config.batch_size // parts, mesh, 'config.batch_size')
   given = {'batch_size': config.batch_size, 'total_images': config.total_images}
   samplers = configs.build_each(config.samplers, 'config.samplers')
   tx = configs.build(config.optimizer, 'config.optimizer', **given)
@@ -130,7 +136,7 @@ def prepare(config: configs.ConfigDict, mesh: jax.sharding.Mesh | None = None) -
 
   network, f = configs.build_model(config)
   source = configs.build(config.data, 'config.data')
-  loss, frozen, _ = _objective(config, mesh, source, f)
+  loss, frozen, teacher = _objective(config, mesh, source, f)
   run = Run(
     config=config,
     mesh=mesh,
@@ -144,6 +150,7 @@ def prepare(config: configs.ConfigDict, mesh: jax.sharding.Mesh | None = None) -
     samplers=samplers,
     schedules=configs.schedules(config, **given),
     frozen=frozen,
+    teacher=teacher,
   )
   _try_abstractly(run)
   return run

@@ -11,13 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cmjax import checkpoint, data, logs, pretrained, sharding
+from cmjax import checkpoint, data, logs, preemption, pretrained, sharding
 from cmjax import config as configs
 from cmjax.core import (
   Array,
   Batch,
   Frozen,
+  Key,
   Loss,
+  LossOut,
   Nets,
   Params,
   Schedule,
@@ -39,9 +41,12 @@ def make_train_step(
   ema_rates: Mapping[str, Schedule],
   target_rate: Schedule | None,
   seed: int,
+  accumulate: int = 1,
 ) -> Step:
   """One update, for the global batch: value, gradient, optimiser, averages, metrics.
 
+  The gradient is the mean over `accumulate` parts of the batch, taken one after
+  another, each with random numbers of its own.
   A step whose loss, gradient or update is not finite changes nothing but the step
   number, and counts as `skipped`. Metrics are f32[] each; `loss_q1` to `loss_q4` are
   means over the quarters of the batch by t, cleanest first.
@@ -49,27 +54,21 @@ def make_train_step(
   root = jax.random.key(seed)
 
   def train_step(state, frozen, batch):
-    def value(params):
+    def value(params, part, keys):
       target = state.target if target_rate else None
       nets = Nets(params, target, **frozen._asdict())
-      out = loss(nets, batch, state.step, streams(root, state.step))
+      out = loss(nets, part, state.step, keys)
       return jnp.mean(out.loss), out
 
-    (mean, out), gradient = jax.value_and_grad(value, has_aux=True)(state.params)
+    keys = streams(root, state.step)
+    gradient, out = _gradient(value, accumulate, state.params, batch, keys)
+    mean = jnp.mean(out.loss)
     norm = optax.tree.norm(gradient)
     updates, opt_state = tx.update(gradient, state.opt_state, state.params)
     update_norm = optax.tree.norm(updates)
     params = optax.apply_updates(state.params, updates)
-    new = TrainState(
-      step=state.step,
-      params=params,
-      target=_averaged(state.target, params, target_rate, state.step),
-      ema={
-        name: _averaged(tree, params, ema_rates[name], state.step)
-        for name, tree in state.ema.items()
-      },
-      opt_state=opt_state,
-    )
+    target, ema = averages(state, params, ema_rates, target_rate)
+    new = TrainState(state.step, params, target, ema, opt_state)
     finite = jnp.isfinite(mean) & jnp.isfinite(norm) & jnp.isfinite(update_norm)
     kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
     metrics = {'loss': mean, 'grad_norm': norm, 'update_norm': update_norm}
@@ -79,6 +78,48 @@ def make_train_step(
     return kept._replace(step=state.step + 1), metrics
 
   return train_step
+
+
+def _gradient(
+  value: Callable[..., tuple[Array, LossOut]],
+  parts: int,
+  params: Params,
+  batch: Batch,
+  keys: Mapping[str, Key],
+) -> tuple[Params, LossOut]:
+  """The mean gradient over the parts of a batch, and what each example gave."""
+  gradient_of = jax.grad(value, has_aux=True)
+  if parts == 1:
+    return gradient_of(params, batch, keys)
+
+  def add_part(total, part):
+    i, rows = part
+    own = {name: jax.random.fold_in(key, i) for name, key in keys.items()}
+    gradient, out = gradient_of(params, rows, own)
+    return jax.tree.map(lambda a, b: a + b / parts, total, gradient), out
+
+  def split(a):  # example r of part i is r * parts + i: none leaves its device
+    return jnp.swapaxes(jnp.reshape(a, (-1, parts, *a.shape[1:])), 0, 1)
+
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  each = (jnp.arange(parts), jax.tree.map(split, batch))
+  gradient, out = jax.lax.scan(add_part, zeros, each)
+  return gradient, jax.tree.map(lambda a: jnp.reshape(a.T, -1), out)
+
+
+def averages(
+  state: TrainState,
+  params: Params,
+  ema_rates: Mapping[str, Schedule],
+  target_rate: Schedule | None,
+) -> tuple[Params, dict[str, Params]]:
+  """The target network and every EMA, moved towards `params`."""
+  target = _averaged(state.target, params, target_rate, state.step)
+  ema = {
+    name: _averaged(tree, params, ema_rates[name], state.step)
+    for name, tree in state.ema.items()
+  }
+  return target, ema
 
 
 def _averaged(
@@ -124,7 +165,8 @@ def train(run: Run, workdir: str | Path, hooks: Mapping[str, Hook]) -> TrainStat
   """Trains to the end of the run, from its newest whole checkpoint if there is one.
 
   The work directory receives `config.json`, `metrics.jsonl`, `tensorboard/`,
-  `pictures/` and `checkpoints/`.
+  `pictures/` and `checkpoints/`. After a SIGTERM the step is ended and saved, and its
+  state, of an earlier step than the last, returned.
 
   Raises: UserError if the directory holds another run, or weights do not fit;
     FloatingPointError after `config.max_skipped_steps` steps that were not finite.
@@ -133,7 +175,8 @@ def train(run: Run, workdir: str | Path, hooks: Mapping[str, Hook]) -> TrainStat
   check_claim(workdir, run.config)
   # Made before any folder is: weights to start from may be refused.
   state = None if checkpoint.any_in(workdir) else first_state(run)
-  _write_config(workdir, run.config)
+  if jax.process_index() == 0:
+    _write_config(workdir, run.config)
   checkpoints = checkpoint.Checkpoints(workdir, run.config.keep_checkpoints)
   state = state or checkpoints.restore(abstract_state(run), logs.say)
   start = int(state.step)
@@ -142,8 +185,23 @@ def train(run: Run, workdir: str | Path, hooks: Mapping[str, Hook]) -> TrainStat
     contextlib.closing(checkpoints),
     contextlib.closing(logs.RunLog(workdir, jax.process_index() == 0, start)) as log,
     contextlib.closing(logs.Progress(start, run.total_steps)) as progress,
+    preemption.Notice() as notice,
   ):
-    return _loop(run, state, checkpoints, log, progress, hooks)
+    return _loop(run, state, checkpoints, log, progress, hooks, notice)
+
+
+def compiled_step(run: Run) -> Step:
+  """The training step of a run, compiled at its first call; the state is donated."""
+  step = make_train_step(
+    run.loss,
+    run.tx,
+    run.ema_rates,
+    run.target_rate,
+    run.config.seed,
+    run.config.accumulate,
+  )
+  everywhere = sharding.replicated(run.mesh)
+  return jax.jit(step, donate_argnums=0, out_shardings=(_places(run), everywhere))
 
 
 def _loop(
@@ -153,13 +211,11 @@ def _loop(
   log: logs.RunLog,
   progress: logs.Progress,
   hooks: Mapping[str, Hook],
+  notice: preemption.Notice,
 ) -> TrainState:
   every, start, total = run.config.every, int(state.step), run.total_steps
-  step_fn = jax.jit(
-    make_train_step(run.loss, run.tx, run.ema_rates, run.target_rate, run.config.seed),
-    donate_argnums=0,
-  )
-  window, skipped, begun = _Window(), 0, time.monotonic()
+  step_fn = compiled_step(run)
+  window, lost, begun = _Window(), [], time.monotonic()
   for step in range(start + 1, total + 1):
     state, metrics = step_fn(state, run.frozen, batch(run, step - 1))
     window.add(metrics)
@@ -170,11 +226,15 @@ def _loop(
       window.restart_clock()
     last = step == total
     if last or step % every.log_steps == 0:
-      means = window.close(run.config.batch_size)
-      skipped += round(means.pop('skipped_steps'))
-      log.scalars(step, means | {'skipped_steps': skipped} | _scheduled(run, step - 1))
+      lost += window.lost(step)
+      means = window.close(run.config.batch_size) | {'skipped_steps': len(lost)}
+      log.scalars(step, means | _scheduled(run, step - 1))
       progress.report(step, {key: means[key] for key in _SHOWN if key in means})
-      _stop_if_lost(run, skipped, step)
+      _stop_if_lost(run, lost)
+    if not last and notice.given(step):
+      checkpoints.save(state, run.meta())
+      logs.say(f'told to stop: saved step {step}; the same command goes on from there')
+      return state
     for name, hook in hooks.items():
       often = every[f'{name}_steps']
       if often and (last or step % often == 0):
@@ -186,7 +246,7 @@ def _loop(
   return state
 
 
-_AHEAD = 8  # steps that may be dispatched before they are done
+AHEAD = 8  # steps that may be dispatched before they are done
 _SHOWN = ('loss', 'grad_norm', 'images_per_s')
 
 
@@ -200,19 +260,24 @@ class _Window:
   def add(self, metrics: dict[str, Array]) -> None:
     self._rows.append(metrics)
     self._timed += 1
-    if len(self._rows) > _AHEAD:  # or batches pile up on the devices
-      jax.block_until_ready(self._rows[-_AHEAD])
+    if len(self._rows) > AHEAD:  # or batches pile up on the devices
+      jax.block_until_ready(self._rows[-AHEAD])
 
   def restart_clock(self) -> None:
     """Leaves what was not training out of images_per_s."""
     self._since, self._timed = time.monotonic(), 0
 
+  def lost(self, step: int) -> list[int]:
+    """Which steps of the window, that ends with `step`, were skipped."""
+    first = step - len(self._rows) + 1
+    return [first + i for i, row in enumerate(self._rows) if row['skipped'] > 0]
+
   def close(self, batch_size: int) -> dict[str, float]:
-    """Means over the window, the sum of `skipped`, and images_per_s; a new window."""
+    """Means over the window, and images_per_s; a new window."""
     rows = jax.device_get(self._rows)
     seconds = time.monotonic() - self._since
-    means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
-    means['skipped_steps'] = means.pop('skipped') * len(rows)
+    names = rows[0].keys() - {'skipped'}
+    means = {name: float(np.mean([row[name] for row in rows])) for name in names}
     if self._timed:
       means['images_per_s'] = self._timed * batch_size / seconds
     self._rows = []
@@ -227,15 +292,10 @@ def weights(state: TrainState, name: str) -> Params:
 
 def batch(run: Run, step: int) -> Batch:
   """The global batch of a step, on the devices; each process places its share."""
-  host = data.batch_at(
-    run.source,
-    run.config.seed,
-    step,
-    run.config.batch_size,
-    jax.process_index(),
-    jax.process_count(),
-  )
-  return sharding.place(host, sharding.by_example(run.mesh))
+  size = run.config.batch_size
+  rows = sharding.rows_here(run.mesh, size)
+  host = data.batch_at(run.source, run.config.seed, step, size, rows)
+  return sharding.place_rows(host, rows, size, run.mesh)
 
 
 def _scheduled(run: Run, step: int) -> dict[str, float]:
@@ -245,12 +305,13 @@ def _scheduled(run: Run, step: int) -> dict[str, float]:
   }
 
 
-def _stop_if_lost(run: Run, skipped: int, step: int) -> None:
-  if skipped > run.config.max_skipped_steps:
+def _stop_if_lost(run: Run, lost: list[int]) -> None:
+  if len(lost) > run.config.max_skipped_steps:
     raise FloatingPointError(
-      f'{skipped} steps had a loss, gradient or update that is not finite, the last by '
-      f'step {step}; nothing of them was kept. Go on from here in a new --workdir by '
-      '--config.init_from, with a lower learning rate or a config.grad_clip_norm'
+      f'{len(lost)} steps had a loss, gradient or update that is not finite, the last '
+      f'from batch {lost[-1] - 1} of config.seed {run.config.seed}; nothing of them '
+      'was kept. Go on from here in a new --workdir by --config.init_from, with a '
+      'lower learning rate or a config.grad_clip_norm'
     )
 
 
@@ -283,10 +344,10 @@ def check_claim(workdir: str | Path, config: configs.ConfigDict) -> None:
     raise UserError(
       f'{path}: cannot be read ({error}); use another --workdir'
     ) from error
-  changed = [
+  changed = [  # a key that runs did not have then is left out
     f'{key}: {change}'
     for key, change in configs.differences(old, config).items()
-    if not key.startswith(_MAY_CHANGE)
+    if not key.startswith(_MAY_CHANGE) and key.split('.')[1] in old
   ]
   if changed:
     raise UserError(
@@ -299,6 +360,7 @@ def check_claim(workdir: str | Path, config: configs.ConfigDict) -> None:
 _MAY_CHANGE = (
   'config.every.',
   'config.keep_checkpoints',
+  'config.mesh.',
   'config.max_skipped_steps',
   'config.samplers.',
   'config.sample_weights',
@@ -339,11 +401,22 @@ def _state_of(run: Run, params: Params) -> TrainState:
 
 def abstract_state(run: Run) -> TrainState:
   """Shapes, dtypes and places of the whole state, without computing any."""
-  place = sharding.replicated(run.mesh)
-  return jax.tree.map(
-    lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place),
-    jax.eval_shape(lambda: _state_of(run, _random_params(run))),
+  return sharding.abstract(
+    run.mesh, jax.eval_shape(lambda: _state_of(run, _random_params(run)))
   )
+
+
+def _places(run: Run) -> TrainState:
+  return jax.tree.map(lambda a: a.sharding, abstract_state(run))
+
+
+def random_state(run: Run) -> TrainState:
+  """The state of step 0, with random weights."""
+
+  def create():
+    return _state_of(run, _random_params(run))
+
+  return jax.jit(create, out_shardings=_places(run))()
 
 
 def first_state(run: Run) -> TrainState:
@@ -351,10 +424,8 @@ def first_state(run: Run) -> TrainState:
 
   Raises: UserError if there are none there, or they are of another network.
   """
-  place = sharding.replicated(run.mesh)
   if not run.config.init_from:
-    create = jax.jit(lambda: _state_of(run, _random_params(run)), out_shardings=place)
-    return create()
+    return random_state(run)
   like = run.abstract_params()
   params, theirs = pretrained.load_weights(run.config.init_from, like, logs.say)
   changed = configs.differences(theirs, run.config)
@@ -368,4 +439,5 @@ def first_state(run: Run) -> TrainState:
   for key in ('config.precond.sigma_data', 'config.network.noise_scale'):
     if key in changed:
       logs.say(f'note: {key} is not that of init_from: {changed[key]}')
-  return jax.jit(lambda params: _state_of(run, params), out_shardings=place)(params)
+  places = _places(run)
+  return jax.jit(lambda params: _state_of(run, params), out_shardings=places)(params)

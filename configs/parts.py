@@ -70,12 +70,14 @@ def base() -> ConfigDict:
     dict(
       seed=0,  # of initial weights, data order and training noise
       batch_size=256,  # over all devices
+      accumulate=1,  # parts of a batch, one after another: less memory
       total_images=0,  # length of the run; steps = total_images / batch_size
       grad_clip_norm=0.0,  # global norm; 0 is off
       max_skipped_steps=100,  # steps that are not finite, in one start, before it stops
       init_from='',  # work directory or checkpoint whose weights to start from
       teacher='',  # the same, for objectives that distil a teacher
       sample_weights='online',  # or the name of an EMA
+      mesh=dict(fn='cmjax.sharding:mesh', fsdp=False, slices=1),  # fsdp splits state
       data={},
       network={},
       precond={},
@@ -156,7 +158,9 @@ def ddpmpp(dropout: float) -> dict:
     noise_scale=1.0,
     clocks=1,
     log_weight=False,
-    dtype='float32',
+    dtype='float32',  # or bfloat16
+    attend='exact',  # or chunked, fused
+    remat=False,
   )
 
 

@@ -10,6 +10,7 @@ os.environ['XLA_FLAGS'] = (
   + ' --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0'
 )
 os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['JAX_ENABLE_COMPILATION_CACHE'] = 'false'  # not a user's folder
 
 import jax
 import pytest

@@ -82,7 +82,8 @@ def test_shares_of_processes_are_the_batch_of_one(processes, flip):
   s = source(flip=flip)
   for step in (0, 1, 5):  # step 1 crosses an epoch: 10 examples, 8 a batch
     whole = data.batch_at(s, 0, step, 8)
-    shares = [data.batch_at(s, 0, step, 8, i, processes) for i in range(processes)]
+    rows = np.split(np.arange(8), processes)
+    shares = [data.batch_at(s, 0, step, 8, own) for own in rows]
     np.testing.assert_array_equal(np.concatenate([b.x0 for b in shares]), whole.x0)
     np.testing.assert_array_equal(np.concatenate([b.cond for b in shares]), whole.cond)
 
@@ -97,7 +98,8 @@ def test_a_batch_says_which_examples_it_holds(flip):
     mirrored = plain[:, :, ::-1] if flip else plain
     for x0, *either in zip(batch.x0, plain, mirrored):
       assert any(np.array_equal(x0, stored) for stored in either)
-    shares = [data.batch_at(s, 0, step, 8, i, 2).index for i in range(2)]
+    rows = np.split(np.arange(8), 2)
+    shares = [data.batch_at(s, 0, step, 8, own).index for own in rows]
     np.testing.assert_array_equal(np.concatenate(shares), batch.index)
 
 

@@ -17,11 +17,12 @@ LAYERS = [
   ['port.pickles', 'port.names'],
   ['port.edm', 'port.openai', 'port.read'],
   ['studies', 'port.*'],
-  ['config', 'data', 'sharding', 'checkpoint', 'logs'],
+  ['config', 'data', 'sharding', 'checkpoint', 'logs', 'preemption'],
   ['pretrained'],
   ['run'],
   ['evaluate'],
   ['train'],
+  ['bench'],
   ['main'],
 ]
 # Inside a folder, files may share the layer below their own.
@@ -39,7 +40,7 @@ DOORS = {
   'matplotlib': ['logs'],
   'PIL': ['logs', 'data'],
   'sklearn': ['data', 'evaluate'],
-  'optax': ['run', 'train', 'optimizers'],
+  'optax': ['run', 'train', 'bench', 'optimizers'],
   'absl': ['main'],
   'msgpack': ['port.*'],
   'safetensors': ['port.*'],
@@ -56,7 +57,7 @@ BANNED = {
   r'pmap|axis_name': [],
   r'PartitionSpec|axis_names': ['sharding'],
   r'config\.get\(': [],
-  r'jax\.jit': ['train', 'evaluate', 'studies'],
+  r'jax\.jit': ['train', 'evaluate', 'studies', 'bench'],
   r'\bprint\(': ['logs', 'main'],
 }
 

@@ -1,6 +1,7 @@
 """The command line: a run from first step to table, and mistakes in one line."""
 
 import json
+import os
 from pathlib import Path
 import re
 import shutil
@@ -12,7 +13,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from cmjax import data, evaluate, pretrained
+from cmjax import data, evaluate, main, pretrained
 from tests.conftest import ROOT
 
 SMALL = [
@@ -54,6 +55,27 @@ MISTAKES = {
   'start from no checkpoint': (
     [*SMALL, NEW, '--config.init_from=@/page.pkl'],
     r'page\.pkl.* web page',
+  ),
+  'slices that do not divide': (
+    [*SMALL, NEW, '--config.mesh.slices=3'],
+    r'config\.mesh: slices=3 do not divide 8 devices',
+  ),
+  'parts that do not divide': (
+    [*SMALL, NEW, '--config.accumulate=3'],
+    r'config\.accumulate: 3 parts do not divide a batch of 8',
+  ),
+  'no parts': ([*SMALL, NEW, '--config.accumulate=0'], r'accumulate: must be positive'),
+  'bench without a teacher': (
+    ['--config=configs/cd.py:digits', NEW, '--mode=bench'],
+    r'config\.teacher: must be given',
+  ),
+  'distributed, and alone': (
+    [*SMALL, NEW, '--distributed'],
+    r'--distributed: .*--coordinator=HOST:PORT --processes=N --process=I',
+  ),
+  'one of several, of whom nobody knows': (
+    [*SMALL, NEW, '--process=1'],
+    r'--process go with --coordinator=HOST:PORT',
   ),
   'no config': ([NEW], r'give --config=FILE'),
   'no workdir': (SMALL, r'give --workdir=DIR'),
@@ -262,6 +284,7 @@ COMMANDS = {
     '--config.init_from=@/PORTED/w.safetensors',
     '--workdir=@/PORTED/taught',
   ],
+  'bench': [*SMALL, '--mode=bench', '--workdir=@/BENCH'],
   'dry run': [*SMALL, '--mode=dry_run'],
   'dry run of what must be given': [ECT, '--mode=dry_run'],
 }
@@ -385,6 +408,8 @@ def test_nothing_is_touched_but_what_the_commands_write(answers, place):
     ('EVALUATED', 'evaluation_00000003_2.json'),
     ('EVALUATED', 'evaluation_00000003_2.md'),
     ('STUDIED', 'studies'),
+    ('BENCH',),
+    ('BENCH', 'bench.json'),
     ('PORTED',),
     ('PORTED', 'w.safetensors'),
     ('PORTED', 'back'),
@@ -469,6 +494,40 @@ def test_a_study_is_tables_and_pictures(answers, place):
       assert min(picture.size) > 100
   assert [row['t'] for row in found['studies']['tangents']] == [0.01, 80.0]
   assert text in out
+
+
+def test_a_bench_is_a_table_and_its_numbers(answers, place):
+  code, out, err = answers[0]['bench']
+  assert code == 0, err
+  found = json.loads((place / 'BENCH' / 'bench.json').read_text())
+  assert f'| a step, median | {1e3 * found["step_s"]:.1f} ms |' in out
+  assert found['config']['batch_size'] == found['batch_size'] == 8
+
+
+@pytest.mark.parametrize(
+  ('error', 'advice'),
+  [
+    ('RESOURCE_EXHAUSTED: out of memory', r'config\.accumulate'),
+    ('INTERNAL', 'a device'),
+  ],
+)
+def test_a_device_error_says_what_may_help(error, advice):
+  assert re.search(advice, main._way_out(error))
+
+
+def test_what_was_compiled_is_found_again(tmp_path):
+  cache = tmp_path / 'cache'
+  environment = os.environ | {'JAX_ENABLE_COMPILATION_CACHE': 'true'}
+  files = []
+  for name in ('a', 'b'):
+    done = python(
+      '-m', 'cmjax.main', *SMALL, f'--workdir={tmp_path / name}',
+      f'--compilation_cache={cache}', env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    files.append({path.name for path in cache.iterdir()})
+  assert any('train_step' in name for name in files[0])
+  assert {n for n in files[1] if n.endswith('-cache')} <= files[0]
 
 
 def test_a_dry_run_shows_config_parameters_and_schedules(answers):

@@ -131,7 +131,7 @@ def test_a_released_checkpoint_says_what_it_is(opened):
     assert model.config.precond.sigma_min == boundary
 
 
-@pytest.mark.parametrize('family', ['ddpmpp', 'edm2', 'cd_vp'])
+@pytest.mark.parametrize('family', ['ddpmpp', 'edm2'])
 def test_a_checkpoint_goes_to_ours_and_to_safetensors_and_back_bit_for_bit(
   family, tmp_path, one_device
 ):

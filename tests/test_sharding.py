@@ -24,6 +24,43 @@ def test_a_mesh_takes_the_devices_it_is_given():
   assert list(mesh.devices.flat) == jax.devices()[2:4]
 
 
+def test_state_is_split_on_its_longest_axis_that_divides():
+  mesh = sharding.mesh(fsdp=True, slices=2)
+  assert dict(mesh.shape) == {'data': 2, 'fsdp': 4}
+  shapes = {
+    (3, 3, 64, 128): (3, 3, 64, 32),
+    (3, 3, 128, 64): (3, 3, 32, 64),
+    (4098, 8): (4098, 2),
+    (4099, 3): (4099, 3),
+    (512,): (512,),
+    (): (),
+  }
+  tree = {str(shape): jax.ShapeDtypeStruct(shape, 'float32') for shape in shapes}
+  places = sharding.of_state(mesh, tree)
+  for whole, part in shapes.items():
+    assert places[str(whole)].shard_shape(whole) == part
+  for place in sharding.of_state(sharding.data_mesh(), tree).values():
+    assert place.is_fully_replicated
+
+
+@pytest.mark.parametrize('slices', [0, 3])
+def test_slices_that_do_not_divide_the_devices_are_refused(slices):
+  with pytest.raises(ValueError, match=f'slices={slices} do not divide 8 devices'):
+    sharding.mesh(slices=slices)
+
+
+@pytest.mark.parametrize('fsdp', [False, True])
+def test_rows_of_a_process_make_the_batch(fsdp):
+  mesh = sharding.mesh(fsdp=fsdp, slices=2)
+  rows = sharding.rows_here(mesh, 16)
+  np.testing.assert_array_equal(rows, np.arange(16))  # one process has all
+  host = {'x': np.arange(48.0).reshape(16, 3), 'none': None}
+  placed = sharding.place_rows(host, rows, 16, mesh)['x']
+  np.testing.assert_array_equal(placed, host['x'])
+  assert placed.sharding == sharding.by_example(mesh)
+  assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 3)}
+
+
 @pytest.mark.parametrize(('batch_size', 'advice'), [(12, 16), (3, 8)])
 def test_a_batch_that_does_not_divide_is_refused_with_one_that_does(batch_size, advice):
   mesh = sharding.data_mesh()

@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 import random
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -280,3 +282,127 @@ def test_kill_9_at_a_random_moment_ends_in_the_same_bits(tmp_path, one_device):
   like = train.abstract_state(run)
   assert_equal_states(straight, checkpoints.restore(like, logs.say))
   checkpoints.close()
+
+
+# Placements, parts of a batch, and being told to stop -------------------------------
+
+
+@pytest.mark.parametrize('slices', [1, 2])
+def test_split_state_gives_the_losses_of_data_parallel(slices):
+  config = small(network__width=64)
+  whole = runs.prepare(config)
+  split = runs.prepare(config, sharding.mesh(fsdp=True, slices=slices))
+  states = [train.random_state(run) for run in (whole, split)]
+  kernel = states[1].params['block0_dense0']['kernel']
+  assert kernel.addressable_shards[0].data.size == kernel.size * slices // 8
+  steps = [train.compiled_step(run) for run in (whole, split)]
+  for i in range(10):
+    losses = []
+    for j, run in enumerate((whole, split)):
+      states[j], metrics = steps[j](states[j], run.frozen, train.batch(run, i))
+      losses.append(float(metrics['loss']))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)  # order of float32 sums
+  places = jax.tree.map(lambda a: a.sharding, train.abstract_state(split))
+  assert jax.tree.map(lambda a: a.sharding, states[1]) == places
+
+
+def bytes_a_device(state):
+  return sum(a.addressable_shards[0].data.nbytes for a in jax.tree.leaves(state))
+
+
+def test_split_state_takes_an_eighth_of_the_memory():
+  run = runs.prepare(small(network__width=256), sharding.mesh(fsdp=True))
+  state = train.random_state(run)
+  whole = sum(a.nbytes for a in jax.tree.leaves(state))
+  assert bytes_a_device(state) <= (1 / 8 + 0.02) * whole
+
+
+def test_a_batch_in_parts_has_the_gradient_of_the_whole():
+  batch = core.Batch(jnp.arange(24.0).reshape(8, 3) / 10, None, jnp.arange(8))
+  whole, parts = (
+    train.make_train_step(linear_loss, optax.sgd(0.1), {}, None, 0, accumulate=n)
+    for n in (1, 4)
+  )
+  state = train.init_state(jnp.ones(3), optax.sgd(0.1), (), False)
+  (a, seen), (b, seen_in_parts) = (
+    step(state, core.Frozen(), batch) for step in (whole, parts)
+  )
+  np.testing.assert_allclose(b.params, a.params, rtol=1e-6)  # float32 sums
+  assert seen_in_parts['loss'] == pytest.approx(float(seen['loss']), rel=1e-6)
+
+
+def test_parts_have_random_numbers_of_their_own():
+  def noise_loss(nets, batch, step, keys):
+    noise = jax.random.normal(keys['noise'], batch.x0.shape)
+    return core.LossOut(noise[:, 0] * nets.online[0], {'t': noise[:, 0]})
+
+  step = train.make_train_step(noise_loss, optax.sgd(0.1), {}, None, 0, accumulate=2)
+  state = train.init_state(jnp.ones(1), optax.sgd(0.1), (), False)
+  batch = core.Batch(jnp.zeros((8, 1)), None, jnp.arange(8))
+  _, metrics = step(state, core.Frozen(), batch)
+  quarters = [float(metrics[f'loss_q{i}']) for i in range(1, 5)]
+  assert len(set(quarters)) == 4  # of eight numbers; each twice would tie in pairs
+  assert sorted(quarters) == quarters
+
+
+def test_parts_that_do_not_divide_the_batch_are_refused():
+  with pytest.raises(core.UserError, match=r'config\.accumulate: 3 parts .* of 32'):
+    runs.prepare(small(accumulate=3))
+  with pytest.raises(core.UserError, match=r'config\.batch_size: 4 examples .* 8 dev'):
+    runs.prepare(small(accumulate=8))
+
+
+def test_a_run_told_to_stop_saves_its_step_and_goes_on_to_the_same_bits(
+  tmp_path, one_device, capsys
+):
+  run = runs.prepare(small(every__picture_steps=3), one_device)
+
+  def tell(run, params, step, log):
+    if step == 9:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  before = signal.getsignal(signal.SIGTERM)
+  stopped = train.train(run, tmp_path / 'told', {'picture': tell})
+  assert int(stopped.step) == 10  # the step that was under way is ended
+  assert 'told to stop: saved step 10' in capsys.readouterr().out
+  assert signal.getsignal(signal.SIGTERM) == before
+  again = train.train(run, tmp_path / 'told', {})
+  assert_equal_states(train.train(run, tmp_path / 'straight', {}), again)
+
+
+def test_steps_that_are_lost_are_named_by_batch_and_seed(tmp_path, one_device):
+  run = runs.prepare(small(max_skipped_steps=1, seed=7), one_device)
+
+  def loss(nets, batch, step, keys):
+    out = run.loss(nets, batch, step, keys)
+    bad = (step == 2) | (step == 4)
+    return out._replace(loss=jnp.where(bad, jnp.nan, out.loss))
+
+  with pytest.raises(FloatingPointError, match=r'2 steps .* batch 4 of config.seed 7'):
+    train.train(run._replace(loss=loss), tmp_path, {})
+
+
+def test_a_save_that_fails_is_one_line_and_the_run_can_go_on(
+  tmp_path,
+):
+  command = [
+    sys.executable, '-m', 'cmjax.main', f'--config={ROOT}/configs/edm.py:digits',
+    f'--workdir={tmp_path}', *(f'--config.{k}={v}' for k, v in SMALL.items()),
+  ]  # fmt: skip
+  environment = os.environ | {'PYTHONPATH': str(ROOT)}
+
+  def limit():  # the bytes of a file: metrics and configs are smaller, weights are not
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16_000, 16_000))
+
+  def run(**kwargs):
+    return subprocess.run(
+      command, env=environment, capture_output=True, text=True, timeout=300, **kwargs
+    )
+
+  failed = run(preexec_fn=limit)
+  assert failed.returncode == 2, failed.stderr
+  assert failed.stderr.count('\n') == 1, failed.stderr
+  assert re.search('could not be saved .* which starts again', failed.stderr)
+  again = run()
+  assert again.returncode == 0, again.stderr
+  assert 'step 24/24' in again.stdout

@@ -1,0 +1,123 @@
+"""Several processes on one machine: what a pod does, in small."""
+
+import json
+import os
+from pathlib import Path
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from tests.conftest import ROOT
+
+SMALL = [
+  '--config=configs/edm.py:digits',
+  '--config.network.width=64',
+  '--config.network.blocks=1',
+  '--config.network.embedding=8',
+  '--config.batch_size=32',
+  '--config.evaluation.pictured=32',
+  '--config.every.log_steps=1',
+]
+
+
+def launched(processes, devices, *arguments):
+  """A pod that was started; `cmjax` is that of this Python."""
+  flags = os.environ['XLA_FLAGS'].replace('device_count=8', f'device_count={devices}')
+  path = f'{Path(sys.executable).parent}:{os.environ["PATH"]}'
+  command = ['cmjax'] if processes == 1 else ['launch/local_pod.sh']
+  command += [] if processes == 1 else [str(processes), str(devices)]
+  return subprocess.Popen(
+    [*command, *SMALL, *arguments],
+    cwd=ROOT,
+    env=os.environ | {'PATH': path, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': flags},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+    start_new_session=True,
+  )
+
+
+def output(pod):
+  # Far beyond what these take, and only there to end what hangs.
+  text, _ = pod.communicate(timeout=300)
+  return text
+
+
+def rows(workdir):
+  return [json.loads(line) for line in (workdir / 'metrics.jsonl').open()]
+
+
+@pytest.mark.parametrize('fsdp', [False, True])
+def test_two_processes_of_four_devices_are_one_of_eight(fsdp, tmp_path):
+  arguments = [
+    '--config.total_images=1600',
+    '--config.every.picture_steps=50',
+    f'--config.mesh.fsdp={fsdp}',
+    f'--config.mesh.slices={1 + fsdp}',
+  ]
+  pods = {n: launched(n, 8 // n, *arguments, f'--workdir={tmp_path / str(n)}')
+          for n in (1, 2)}  # fmt: skip
+  for n, pod in pods.items():
+    text = output(pod)
+    assert pod.returncode == 0, text
+    assert text.count(f'done: {tmp_path / str(n)}') == 1, (
+      text
+    )  # the first process alone
+  one, two = rows(tmp_path / '1'), rows(tmp_path / '2')
+  assert [row['step'] for row in two] == list(range(1, 51))
+  for a, b in zip(one, two, strict=True):
+    assert b['loss'] == pytest.approx(a['loss'], rel=1e-6)  # order of float32 sums
+  pictures = (tmp_path / str(n) / 'pictures' / 'heun_00000050.png' for n in (1, 2))
+  a, b = (np.asarray(Image.open(path), int) for path in pictures)
+  assert np.max(np.abs(a - b)) <= 1  # levels of grey
+
+
+@pytest.fixture
+def pod(tmp_path):
+  """A pod in the middle of a long run, its output so far, and its processes."""
+  pod = launched(
+    2, 2, '--config.total_images=320000', '--config.every.picture_steps=0',
+    f'--workdir={tmp_path}',
+  )  # fmt: skip
+  seen = ''
+  while not re.match(r'step [1-9]\d', line := pod.stdout.readline()):
+    assert pod.poll() is None, seen
+    seen += line
+  children = subprocess.run(
+    ['pgrep', '-P', str(pod.pid)], capture_output=True, text=True, check=True
+  )
+  yield pod, [int(pid) for pid in children.stdout.split()]
+  if pod.poll() is None:
+    os.killpg(pod.pid, signal.SIGKILL)
+
+
+def test_one_process_that_is_told_to_stop_is_enough(pod, tmp_path):
+  running, pids = pod
+  os.kill(pids[-1], signal.SIGTERM)
+  text = output(running)
+  assert running.returncode == 0, text
+  (step,) = re.findall(r'told to stop: saved step (\d+)', text)
+  assert (tmp_path / 'checkpoints' / step).is_dir()
+
+
+def test_a_process_that_dies_takes_the_others_with_it(pod):
+  running, pids = pod
+  begun = time.monotonic()
+  os.kill(pids[-1], signal.SIGKILL)
+  text = output(running)
+  assert running.returncode == 128 + signal.SIGKILL, text
+  assert 'local_pod: process 1 ended with code 137; stopping the others' in text
+  assert time.monotonic() - begun < 60
+
+
+def test_processes_without_a_coordinator_are_refused(tmp_path):
+  lone = launched(1, 2, '--processes=2', f'--workdir={tmp_path}')
+  text = output(lone)
+  assert lone.returncode == 2
+  assert text == 'cmjax: --processes and --process go with --coordinator=HOST:PORT\n'
