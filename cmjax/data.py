@@ -247,6 +247,24 @@ def points(*, oracle: oracles.Mixture, samples: int = 50_000, seed: int = 0) -> 
   )
 
 
+def blank(
+  *, size: int, channels: int = 3, classes: int = 0, examples: int = 50_000
+) -> Source:
+  """Black images uint8[examples, size, size, channels] that take no memory.
+
+  For compiling or timing a step without its data set; labels are 0 of `classes`.
+
+  Raises: ValueError for a size, channels or examples below 1, or negative classes.
+  """
+  if min(size, channels, examples) < 1 or classes < 0:
+    raise ValueError(
+      f'needs {size=}, {channels=}, {examples=} >= 1 and {classes=} >= 0'
+    )
+  black = np.broadcast_to(np.uint8(0), (examples, size, size, channels))
+  labels = np.broadcast_to(0, examples) if classes else None
+  return _images('blank images', black, labels, classes, False)
+
+
 def _images(name, examples, labels, classes, flip) -> Source:
   if examples.dtype == np.uint8:
     low, high, offset, scale = 0.0, 255.0, 127.5, 1 / 127.5

@@ -1,4 +1,4 @@
-"""Command line: flags -> train, sample, evaluate, study, dry_run, port or bench."""
+"""Command line: flags -> one of the modes: train, sample, bench and so on."""
 
 from collections.abc import Sequence
 import json
@@ -6,6 +6,7 @@ import math
 import os
 from pathlib import Path
 import platform
+import re
 import sys
 from typing import Any
 
@@ -13,7 +14,7 @@ from absl import flags
 import jax
 import numpy as np
 
-from cmjax import bench, data, evaluate, logs, pretrained, sharding
+from cmjax import aot, bench, data, evaluate, logs, pretrained, sharding
 from cmjax import config as configs
 from cmjax import run as runs
 from cmjax import train as training
@@ -26,7 +27,7 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
   'mode',
   'train',
-  ['train', 'sample', 'evaluate', 'study', 'dry_run', 'port', 'bench'],
+  ['train', 'sample', 'evaluate', 'study', 'dry_run', 'compile', 'port', 'bench'],
   'What to do.',
 )
 _FROM = flags.DEFINE_string(
@@ -54,6 +55,15 @@ _CACHE = flags.DEFINE_string(
   'Folder of compiled programs, for a faster next start; empty: none.',
 )
 
+_TOPOLOGY = flags.DEFINE_string(
+  'topology', '', 'With --mode=compile: the TPUs, such as v5e:16x16.'
+)
+_BLANK = flags.DEFINE_list(
+  'blank', [], 'With --mode=compile: SIZE,CHANNELS,CLASSES instead of config.data.'
+)
+_EFFORT = flags.DEFINE_float(
+  'effort', -1.0, "With --mode=compile: the compiler's, -1 to 1; 0 is a run's.", -1, 1
+)
 
 _OURS = (
   _CONFIG,
@@ -67,6 +77,9 @@ _OURS = (
   _PROCESSES,
   _PROCESS,
   _CACHE,
+  _TOPOLOGY,
+  _BLANK,
+  _EFFORT,
 )
 
 
@@ -78,6 +91,7 @@ def main() -> None:
     'evaluate': _evaluate,
     'study': _study,
     'dry_run': _dry_run,
+    'compile': _compile,
     'port': _port,
     'bench': _bench,
   }
@@ -291,6 +305,36 @@ def _bench() -> None:
     facts = found | {'config': config.to_dict()}
     path.write_text(json.dumps(_finite(facts), indent=2), encoding='utf-8')
     logs.say(f'\n{path}')
+
+
+def _compile() -> None:
+  """Exits with 1 where the step does not fit, so that a script can tell."""
+  aot.stay_on_cpu()
+  config, topology = _config(), _TOPOLOGY.value
+  if not topology:
+    raise UserError('--mode=compile needs --topology=CHIPS, such as v5e:16x16')
+  folder = _workdir() if _WORKDIR.value else None
+  if _BLANK.value:
+    if len(_BLANK.value) != 3 or not all(n.isdecimal() for n in _BLANK.value):
+      raise UserError('--blank: must be SIZE,CHANNELS,CLASSES, such as 64,3,1000')
+    size, channels, classes = map(int, _BLANK.value)
+    blank = {'size': size, 'channels': channels, 'classes': classes}
+    with config.unlocked():
+      config.data = {'fn': 'cmjax.data:blank'} | blank
+  devices = aot.devices(topology)
+  mesh = configs.build(config.mesh, 'config.mesh', devices=devices)
+  run = runs.prepare(config, mesh)
+  known = aot.facts(run, topology, _EFFORT.value, aot.compile_step(run, _EFFORT.value))
+  text = aot.page(known)
+  logs.say(text)
+  if folder:
+    path = unused(folder / f'compile_{re.sub(r"[:*]", "_", topology)}', '.json')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(known, indent=2), encoding='utf-8')
+    path.with_suffix('.md').write_text(text + '\n', encoding='utf-8')
+    logs.say(f'\n{path} and .md')
+  if not known['fits']:
+    sys.exit(1)
 
 
 def _dry_run() -> None:

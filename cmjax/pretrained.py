@@ -87,7 +87,8 @@ def load(
     weights: `online` or the name of an EMA; those the config samples from if empty.
     form: 'denoiser' or 'consistency' for a file of OpenAI's whose path has no word
       edm, cd or ct.
-    mesh: where to put the weights; all devices if None.
+    mesh: where to put the weights; all devices if None. Where the mesh is of devices
+      that are not attached, they are shapes with their places.
     say: told of damaged checkpoints that are passed over, and of tensors not used.
 
   Raises: UserError if there is no checkpoint, no such weights, or another network; if
@@ -105,7 +106,9 @@ def load(
     shape = tuple(meta['shape'])
     like = abstract_params(network, shape, meta['classes'], mesh)
     name = weights or own.sample_weights
-    params = checkpoint.read_weights(path, step, name, like)
+    params = like  # which is all that can be had on devices that are not attached
+    if sharding.attached(mesh):
+      params = checkpoint.read_weights(path, step, name, like)
     origin = meta.get('origin', 'cmjax')
     return Pretrained(f, params, own, step, shape, meta['classes'], origin)
 

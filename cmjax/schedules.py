@@ -44,6 +44,23 @@ def warmup(*, peak: float, batch_size: int, warmup_images: int) -> Schedule:
   )
 
 
+def inverse_root(*, peak: float, hold_images: int, batch_size: int) -> Schedule:
+  """`peak` for the first `hold_images`, then as one over the root of the images seen.
+
+  Raises: ValueError unless it is held for some images.
+
+  Source: NVlabs/edm2 `training_loop.py`, `learning_rate_schedule`.
+  """
+  if hold_images < 1:
+    raise ValueError(f'needs {hold_images=} >= 1')
+
+  def schedule(step):
+    images = jnp.asarray(step, jnp.float32) * batch_size
+    return peak / jnp.sqrt(jnp.maximum(images / hold_images, 1.0))
+
+  return schedule
+
+
 def half_life(
   *, half_life_images: int, batch_size: int, rampup_ratio: float = 0.0
 ) -> Schedule:

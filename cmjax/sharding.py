@@ -130,14 +130,26 @@ def check_divisible(batch_size: int, mesh: Mesh, where: str) -> None:
     )
 
 
+def attached(mesh: Mesh) -> bool:
+  """Whether arrays can lie on the mesh, or only be compiled for its devices."""
+  device = mesh.devices.flat[0]
+  try:
+    return device in jax.devices(device.platform)
+  except RuntimeError:  # no device of that kind is here
+    return False
+
+
 def place(tree: Any, shardings: Any) -> Any:
   """Host arrays that every process holds whole, as global device arrays.
 
-  `shardings` is one for all, or a tree of them.
+  `shardings` is one for all, or a tree of them. On devices that are not attached, they
+  become shapes and dtypes with their places.
   """
 
   def put(a, sharding):
     a = np.asarray(a)
+    if not attached(sharding.mesh):
+      return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
     return jax.make_array_from_callback(a.shape, sharding, lambda index: a[index])
 
   if isinstance(shardings, NamedSharding):

@@ -3,15 +3,20 @@
 Command:   cmjax --config=configs/ect.py:digits --workdir=runs/ect
              --config.init_from=runs/edm
 Hardware:  digits: two CPU cores, about three minutes; toy2d one; cifar10: here 20 steps
-           of a narrow network on two CPU cores
+           of a narrow network on two CPU cores; imagenet64: never run, compiled for
+           TPUs (README.md, "Compile for a TPU without one")
 Source:    Geng et al. 2024 (ECT); cifar10: locuslab/ect `run_ecm.sh`, and cifar10_1h
            `run_ecm_1hour.sh`; toy2d, digits: smooth stages, optimiser and length are
-           cmjax choices
+           cmjax choices; imagenet64: branch imgnet, `run_imgnet_ecm.sh` and the presets
+           of EDM2-S; imagenet64_xl: preset of EDM2-XL, 100k steps of 1024 (paper)
 Differs:   released networks sample with `--config.precond.sigma_min=0.003`; optax's
-           RAdam adds eps after its bias correction, PyTorch's before
+           RAdam adds eps after its bias correction, PyTorch's before; imagenet64: TFDS
+           resizes otherwise than EDM2's tool; imagenet64_xl: bfloat16, recomputed
+           blocks and a sharded state are cmjax choices, to fit
 Expected:  digits: pixel Frechet distance <= 0.18 at one evaluation, <= 0.12 at two;
            label agreement >= 0.98; cifar10: FID 3.86 at one evaluation, 2.15 at two
-           (locuslab/ect README); cifar10_1h: 2.73 at two (abstract of the paper)
+           (locuslab/ect README); cifar10_1h: 2.73 at two (abstract of the paper);
+           imagenet64: 5.51 and 3.18, imagenet64_xl: 2.49 and 1.67 (paper)
 Measured:  digits: 0.167 and 0.089, agreement 0.988 and 0.991 (README.md, "Quick start")
 """
 
@@ -19,6 +24,8 @@ import parts
 
 
 def get_config(data='digits'):
+  if data in _IMAGENET64:
+    return _imagenet64(*_IMAGENET64[data])
   one_hour = data == 'cifar10_1h'
   c = parts.tuned('cifar10' if one_hour else data)
   c.precond = parts.consistency_precond(0.0)
@@ -36,13 +43,44 @@ def get_config(data='digits'):
     c.total_images = 8_000 * c.batch_size
     c.ema = dict(slow=parts.constant(0.9993))
     gap = dict(q=256.0, stage_images=128_000_000, smooth=False)
-  c.objective = dict(
-    fn='cmjax.objectives.discrete:ect',
+  c.objective = _objective(
     times=parts.lognormal(-1.1, 2.0),
     gap=parts.shrinking_gap(**gap),
     distance=parts.pseudo_huber(0.0),
     weighting=parts.weighting('inverse_gap'),
-    k=8.0,
-    b=1.0,
+  )
+  return c
+
+
+def _objective(**own):
+  return dict(fn='cmjax.objectives.discrete:ect', k=8.0, b=1.0) | own
+
+
+# Channels, batch size, learning rate, dropout.
+_IMAGENET64 = {
+  'imagenet64': (192, 128, 1e-3, 0.4),
+  'imagenet64_xl': (384, 1024, 7e-4, 0.5),
+}
+
+
+def _imagenet64(channels, batch_size, learning_rate, dropout):
+  c = parts.tuned('cifar10')
+  c.data = parts.imagenet64()
+  c.network = parts.edm2(channels, dropout)
+  if channels > 192:
+    c.network.update(dtype='bfloat16', remat=True)
+    c.mesh.fsdp = True
+  c.precond = parts.consistency_precond(0.0)
+  c.samplers.two_steps = parts.two_steps(middle=1.526)
+  c.batch_size = batch_size
+  c.total_images = 100_000 * batch_size
+  rate = parts.inverse_root(learning_rate, hold_images=2_000 * batch_size)
+  c.optimizer = parts.unit_weights(parts.adam(rate, b2=0.99))
+  c.ema = dict(slow=parts.constant(0.9999))
+  c.objective = _objective(
+    times=parts.lognormal(-0.8, 1.6),
+    gap=parts.shrinking_gap(q=4.0, stage_images=25_000 * batch_size, smooth=False),
+    distance=parts.pseudo_huber(0.06),
+    weighting=parts.weighting('edm_weighting'),
   )
   return c

@@ -32,6 +32,18 @@ def numbers(source, batch):
   return data.as_uint8(source, batch.x0)[:, 0, 0, 0]
 
 
+def test_blank_images_take_no_memory_and_make_batches():
+  blank = data.blank(size=64, classes=1000, examples=1_281_167)
+  assert blank.shape == (64, 64, 3)
+  assert blank.examples.strides == (0, 0, 0, 0)
+  batch = data.batch_at(blank, 0, 3, 4)
+  np.testing.assert_array_equal(batch.x0, np.full((4, 64, 64, 3), -1, np.float32))
+  np.testing.assert_array_equal(batch.cond, np.eye(1000, dtype=np.float32)[[0] * 4])
+  assert data.batch_at(data.blank(size=8), 0, 0, 2).cond is None
+  with pytest.raises(ValueError, match='size=0'):
+    data.blank(size=0)
+
+
 def save_npz(folder, **arrays):
   np.savez(folder / 'set.npz', **arrays)
   return str(folder / 'set.npz')

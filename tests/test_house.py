@@ -23,6 +23,7 @@ LAYERS = [
   ['evaluate'],
   ['train'],
   ['bench'],
+  ['aot'],
   ['main'],
 ]
 # Inside a folder, files may share the layer below their own.

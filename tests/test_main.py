@@ -247,6 +247,19 @@ MISTAKES = {
     r'network.*float31',
   ),
   'odd embedding': ([*SMALL, NEW, '--config.network.embedding=7'], r'config\.network'),
+  'compile for nothing': ([*SMALL, '--mode=compile'], r'needs --topology=CHIPS'),
+  'compile without a config': (
+    ['--mode=compile', '--topology=v5e:2x2'],
+    r'give --config=FILE',
+  ),
+  'compile for an unknown chip': (
+    [*SMALL, '--mode=compile', '--topology=v9:2x2'],
+    r'--topology=v9:2x2: .*v4, v5e, v5p, v6e',
+  ),
+  'compile blanks of no size': (
+    [*SMALL, '--mode=compile', '--topology=v5e:2x2', '--blank=8,1'],
+    r'--blank: must be SIZE,CHANNELS,CLASSES',
+  ),
   'no data set': (
     [
       *SMALL,

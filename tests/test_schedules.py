@@ -19,6 +19,7 @@ EVERY = {
   'constant': schedules.constant(value=0.3),
   'cosine': schedules.cosine(peak=1.0, batch_size=8, total_images=80),
   'warmup': schedules.warmup(peak=1.0, batch_size=8, warmup_images=80),
+  'inverse_root': schedules.inverse_root(peak=1.0, hold_images=16, batch_size=8),
   'half_life': schedules.half_life(
     half_life_images=80, batch_size=8, rampup_ratio=0.05
   ),
@@ -60,6 +61,14 @@ def test_schedule_maps_a_step_or_many_to_float32(name):
 
 
 # Learning rates --------------------------------------------------------------------
+
+
+def test_inverse_root_holds_and_then_halves_each_time_the_images_are_fourfold():
+  schedule = schedules.inverse_root(peak=0.2, hold_images=20, batch_size=10)
+  rate = np.asarray(schedule(jnp.arange(33)))
+  np.testing.assert_allclose(rate[[0, 2, 8, 32]], [0.2, 0.2, 0.1, 0.05], **F32)
+  with pytest.raises(ValueError, match='hold_images=0 >= 1'):
+    schedules.inverse_root(peak=0.2, hold_images=0, batch_size=10)
 
 
 def test_cosine_rises_to_the_peak_and_falls_to_zero_at_the_end():

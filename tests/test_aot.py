@@ -1,0 +1,314 @@
+"""What a compiled step takes: on eight fake CPU devices, and on TPUs by libtpu."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from cmjax import aot, core, sharding, train
+from cmjax import config as configs
+from cmjax import run as runs
+from tests.conftest import ROOT
+from tests.test_main import SMALL
+from tests.test_train import small
+
+NEEDS_LIBTPU = pytest.mark.skipif(
+  not importlib.util.find_spec('libtpu'),
+  reason="the TPU's compiler is not installed: pip install 'cmjax[aot]'",
+)
+BLANK = dict(fn='cmjax.data:blank', size=8)
+
+
+def size_of(tree):
+  return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree))
+
+
+def collective(kind, size, in_loop=False):
+  return aot.Collective(kind, size, in_loop)
+
+
+def named(found, kind):
+  return [one for one in found if one.kind == kind]
+
+
+def on_images(name, classes=0, network=None, **changes):
+  """A config with blank images for its data."""
+  config = configs.load(ROOT / 'configs' / name)
+  config.network.update(network or {})
+  with config.unlocked():
+    for key, value in (changes | dict(data=BLANK | dict(classes=classes))).items():
+      config[key] = value
+  return config
+
+
+@pytest.fixture(scope='module')
+def unet():
+  """ECT of a small DDPM++, data parallel."""
+  small = dict(channels=16, channel_mult=(1,), blocks=1, attention=(8,))
+  config = on_images('ect.py:cifar10', network=small, batch_size=16)
+  return runs.prepare(config, sharding.data_mesh())
+
+
+# Collectives -----------------------------------------------------------------------
+
+
+def test_data_parallel_exchanges_the_gradient_once_and_next_to_nothing_else(unet):
+  report = aot.compile_step(unet)
+  parameters = size_of(unet.abstract_params())
+  reduced = sum(one.bytes for one in named(report.collectives, 'all-reduce'))
+  assert parameters <= reduced <= 1.05 * parameters
+  others = [one for one in report.collectives if one.kind != 'all-reduce']
+  assert sum(one.bytes for one in others) <= 1024  # where t lies in the batch
+  assert not any(one.in_loop for one in report.collectives)
+
+
+def mean_removed(x):
+  return x - jnp.mean(x, keepdims=True)
+
+
+@pytest.mark.parametrize('in_loop', [False, True])
+def test_a_collective_in_a_loop_is_told_from_one_outside(in_loop):
+  def repeated(x):
+    return jax.lax.fori_loop(0, 3, lambda _, x: mean_removed(x), x)
+
+  place = sharding.by_example(sharding.data_mesh())
+  x = jax.ShapeDtypeStruct((16,), jnp.float32, sharding=place)
+  program = jax.jit(repeated if in_loop else mean_removed, out_shardings=place)
+  found = aot.collectives(program.lower(x).compile().as_text())
+  assert found == [collective('all-reduce', 4, in_loop)]
+
+
+def test_an_all_gather_counts_what_a_chip_gets():
+  mesh = sharding.data_mesh()
+  x = jax.ShapeDtypeStruct((16, 3), jnp.float32, sharding=sharding.by_example(mesh))
+  program = jax.jit(lambda x: x + 1, out_shardings=sharding.replicated(mesh))
+  found = aot.collectives(program.lower(x).compile().as_text())
+  assert found == [collective('all-gather', 16 * 3 * 4)]
+
+
+TPU_TEXT = """HloModule step, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[]{:T(128)} parameter(0)
+  %b = f32[]{:T(128)} parameter(1)
+  ROOT %sum = f32[]{:T(128)} add(%a, %b)
+}
+
+%inner (p.9: bf16[4,8]) -> bf16[4,8] {
+  %p.9 = bf16[4,8]{1,0:T(4,128)(2,1)} parameter(0)
+  ROOT %collective-permute.1 = bf16[4,8]{1,0} collective-permute(%p.9), channel_id=9
+}
+
+%body (p: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
+  %p = (s32[]{:T(128)}, bf16[4,8]{1,0:T(4,128)(2,1)}) parameter(0)
+  %x = bf16[4,8]{1,0:T(4,128)(2,1)} get-tuple-element(%p), index=1
+  %fusion = bf16[4,8]{1,0} fusion(%x), kind=kCustom, calls=%inner
+  ROOT %out = (s32[]{:T(128)}, bf16[4,8]{1,0}) tuple(%i, %fusion)
+}
+
+%condition (p.2: (s32[], bf16[4,8])) -> pred[] {
+  ROOT %less = pred[]{:T(512)} compare(%i.2, %n), direction=LT
+}
+
+ENTRY %main (w: f32[2,8], g: f32[3], h: pred[5]) -> f32[] {
+  %w = f32[2,8]{1,0:T(2,128)} parameter(0), sharding={devices=[4]<=[4]}
+  %g = f32[3]{0:T(128)} parameter(1)
+  %h = pred[5]{0:T(512)} parameter(2)
+  %all-gather-start.1 = (f32[2,8]{1,0:T(2,128)}, f32[8,8]{1,0:T(8,128)}) all-gather-start(%w), channel_id=1, dimensions={0}
+  %all-gather-done.1 = f32[8,8]{1,0:T(8,128)} all-gather-done(%all-gather-start.1)
+  %all-reduce.1 = (f32[3]{0:T(128)}, /*index=1*/pred[5]{0}) all-reduce(%g, /*index=1*/%h), to_apply=%add
+  %while.1 = (s32[]{:T(128)}, bf16[4,8]{1,0}) while(%tuple), condition=%condition, body=%body
+  %start = (f32[8,8], u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%all-gather-done.1)
+  %done = f32[8,8] collective-permute-done(%start)
+}
+"""  # noqa: E501
+
+
+def test_a_tpu_program_is_read_with_its_layouts_starts_and_calls():
+  assert aot.collectives(TPU_TEXT) == [
+    collective('collective-permute', 64, in_loop=True),
+    collective('all-gather', 256),
+    collective('all-reduce', 17),
+    collective('collective-permute', 256),
+  ]
+
+
+# Floating-point operations ---------------------------------------------------------
+
+
+def traced_flops(f, *shapes):
+  args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+  return aot.flops(jax.jit(f).trace(*args).jaxpr)
+
+
+def conv(x, w):
+  numbers = ('NHWC', 'HWIO', 'NHWC')
+  return jax.lax.conv_general_dilated(x, w, (1, 1), 'SAME', dimension_numbers=numbers)
+
+
+def test_products_and_convolutions_are_counted_as_often_as_they_run():
+  product = 2 * 4 * 5 * 6
+  assert traced_flops(jnp.matmul, (4, 5), (5, 6)) == product
+  assert traced_flops(conv, (2, 8, 8, 3), (3, 3, 3, 7)) == 2 * 2 * 64 * 7 * 27
+  square = traced_flops(jnp.matmul, (4, 4), (4, 4))
+
+  def scanned(x, ws):
+    return jax.lax.scan(lambda x, w: (x @ w, None), x, ws)[0]
+
+  assert traced_flops(scanned, (4, 4), (7, 4, 4)) == 7 * square
+
+
+def test_the_gradient_costs_twice_and_recomputing_once_more():
+  shapes = (4, 8), (8, 8)
+
+  def loss(x, w):
+    return jnp.sum(jnp.matmul(jnp.sin(jnp.matmul(x, w)), w) ** 2)
+
+  once = traced_flops(loss, *shapes)
+  assert traced_flops(jax.grad(loss, (0, 1)), *shapes) == 3 * once
+  again = traced_flops(jax.grad(jax.checkpoint(loss), (0, 1)), *shapes)
+  assert 3 * once < again <= 4 * once
+
+
+def test_parts_of_a_batch_take_as_many_operations_as_the_whole(one_device):
+  def counted(accumulate):
+    run = runs.prepare(small(accumulate=accumulate), one_device)
+    state = train.abstract_state(run)
+    traced = train.compiled_step(run).trace(state, run.frozen, aot.abstract_batch(run))
+    return aot.flops(traced.jaxpr)
+
+  assert counted(2) == counted(1) > 0
+
+
+# Memory and places -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ('name', 'classes'), [('ect.py:cifar10', 0), ('ect.py:imagenet64', 1000)]
+)
+def test_fully_sharded_each_device_holds_an_eighth_of_the_state(name, classes):
+  mesh = dict(fn='cmjax.sharding:mesh', fsdp=True)
+  config = on_images(name, classes, dict(blocks=1), batch_size=8, mesh=mesh)
+  run = runs.prepare(config)
+  state = train.abstract_state(run)
+  for part in (state.params, state.ema, state.opt_state):
+    assert aot.bytes_held(part) <= size_of(part) * (1 / 8 + 0.02)
+  whole = runs.prepare(config, sharding.data_mesh())
+  params = train.abstract_state(whole).params
+  assert aot.bytes_held(params) == size_of(params)
+
+
+def test_where_no_array_can_lie_everything_frozen_is_abstract(tmp_path, monkeypatch):
+  teacher = runs.prepare(small('edm.py:digits', total_images=32))
+  train.train(teacher, tmp_path, {})
+  monkeypatch.setattr(sharding, 'attached', lambda mesh: False)
+  run = runs.prepare(small('cd.py:digits', teacher=str(tmp_path)))
+  leaves = jax.tree.leaves(run.frozen)
+  assert leaves
+  assert all(isinstance(a, jax.ShapeDtypeStruct) for a in leaves)
+  report = aot.compile_step(run)
+  assert report.held['frozen networks and data'] == aot.bytes_held(run.frozen) > 0
+  # All but the index of each example, which this objective does not read.
+  held = sum(report.held.values()) - 32 // 8 * 4
+  assert held <= report.memory.arguments <= held + 64
+  assert report.memory.total >= report.memory.arguments + report.memory.temporaries
+
+
+def test_an_abstract_batch_is_as_the_real_one(unet):
+  real, abstract = train.batch(unet, 0), aot.abstract_batch(unet)
+  for a, b in zip(jax.tree.leaves(real), jax.tree.leaves(abstract)):
+    assert (a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding)
+
+
+# Mistakes --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('name', ['v9:2x2', 'v5e', 'v5e:', 'v5e-16', '0*v5e:2x2', ''])
+def test_an_unknown_topology_names_those_that_are_known(name):
+  with pytest.raises(core.UserError, match=r'like v5e:16x16.* v4, v5e, v5p, v6e'):
+    aot.devices(name)
+
+
+def test_without_libtpu_the_extra_is_named(monkeypatch):
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  monkeypatch.delenv('TPU_LIBRARY_PATH', raising=False)
+  with pytest.raises(core.UserError, match=r"pip install 'cmjax\[aot\]'"):
+    aot.devices('v5e:2x2')
+
+
+# TPUs ------------------------------------------------------------------------------
+
+TINY = dict(network__width=64, network__blocks=1, batch_size=8)
+
+
+@pytest.fixture
+def on_tpus():
+  """A small run, prepared for a topology."""
+
+  def prepared(topology, name='edm.py:digits', **changes):
+    mesh = sharding.data_mesh(aot.devices(topology))
+    return runs.prepare(small(name, **TINY | changes), mesh)
+
+  return prepared
+
+
+@NEEDS_LIBTPU
+@pytest.mark.parametrize(
+  ('topology', 'chips'),
+  [('v5e:1x1', 1), ('v4:2x2x1', 4), ('v5p:2x2x1', 4), ('v6e:2x2', 4), ('2*v5e:2x2', 8)],
+)
+def test_a_topology_has_as_many_devices_as_chips(topology, chips):
+  assert len(aot.devices(topology)) == chips
+
+
+@NEEDS_LIBTPU
+def test_a_step_compiles_for_a_tpu_that_is_not_there(on_tpus):
+  run = on_tpus('v5e:2x2')
+  assert not sharding.attached(run.mesh)
+  report = aot.compile_step(run)
+  known = aot.facts(run, 'v5e:2x2', -1.0, report)
+  assert known['fits']
+  assert known['chips'] == 4
+  reduced = sum(one.bytes for one in named(report.collectives, 'all-reduce'))
+  parameters = size_of(run.abstract_params())
+  assert parameters <= reduced <= 1.05 * parameters
+  text = aot.page(json.loads(json.dumps(known)))
+  assert '| temporaries |' in text
+  assert '| all-reduce | no |' in text
+
+
+@NEEDS_LIBTPU
+def test_what_does_not_fit_says_so(on_tpus):
+  run = on_tpus('v5e:1x1', network__width=2**15)  # 34 GB of state
+  known = aot.facts(run, 'v5e:1x1', -1.0, aot.compile_step(run))
+  assert not known['fits']
+  assert 'DOES NOT FIT: RESOURCE_EXHAUSTED' in aot.page(known)
+
+
+@NEEDS_LIBTPU
+def test_slices_are_the_first_axis_of_a_mesh():
+  mesh = sharding.mesh(fsdp=True, slices=2, devices=aot.devices('2*v5e:2x2'))
+  assert dict(mesh.shape) == {'data': 2, 'fsdp': 4}
+  rows = [{device.slice_index for device in row} for row in mesh.devices]
+  assert rows == [{0}, {1}]
+
+
+@NEEDS_LIBTPU
+def test_the_command_writes_a_page_and_its_facts_and_overwrites_none(tmp_path):
+  # In a process of its own, without the settings that tests give jax.
+  command = [*SMALL, '--mode=compile', '--topology=v5e:2x2', '--blank=8,1,10']
+  start = [sys.executable, '-m', 'cmjax.main', f'--workdir={tmp_path}']
+  for _ in range(2):
+    done = subprocess.run([*start, *command], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, '')
+    assert '| temporaries |' in done.stdout
+  names = sorted(path.name for path in tmp_path.iterdir())
+  stems = 'compile_v5e_2x2', 'compile_v5e_2x2_2'
+  assert names == [f'{stem}.{kind}' for stem in stems for kind in ('json', 'md')]
+  known = json.loads((tmp_path / names[0]).read_text(encoding='utf-8'))
+  assert known['data'] == 'blank images'
+  assert known['fits']
