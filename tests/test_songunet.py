@@ -2,6 +2,7 @@
 
 import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -132,3 +133,52 @@ def test_positional_embedding_stays_above_bfloat16():
   assert found.dtype == jnp.float32
   exact = layers.positional_embedding(c_noise.astype(jnp.float32), 16)
   np.testing.assert_array_equal(found, exact)
+
+
+class Normed(nn.Module):
+  """A group norm alone."""
+
+  dtype: str
+
+  @nn.compact
+  def __call__(self, x):
+    return layers.group_norm('norm', x, 1e-5, self.dtype)
+
+
+@pytest.mark.parametrize('channels', [8, 96, 256])
+def test_group_norm_is_flax_s_with_its_parameters(x64, channels):
+  x = 3 + jax.random.normal(jax.random.key(0), (2, 4, 6, channels), jnp.float64)
+  theirs = nn.GroupNorm(min(32, channels // 4), epsilon=1e-5, use_fast_variance=False)
+  norm = Normed('float64')
+  params = norm.init(jax.random.key(1), x)['params']
+  shapes = jax.tree.map(jnp.shape, theirs.init(jax.random.key(1), x)['params'])
+  assert jax.tree.map(jnp.shape, params) == {'norm': shapes}
+  params = jax.tree.map(lambda p: p + jnp.sin(jnp.arange(1.0, 1 + p.size)), params)
+
+  def value_and_cotangents(apply, params):
+    y, pull = jax.vjp(apply, params, x)
+    return y, *pull(jnp.cos(jnp.arange(y.size)).reshape(y.shape))
+
+  ours = value_and_cotangents(lambda p, x: norm.apply({'params': p}, x), params)
+  wanted = value_and_cotangents(
+    lambda p, x: theirs.apply({'params': p['norm']}, x), params
+  )
+  for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(wanted), strict=True):
+    np.testing.assert_allclose(
+      a, b, atol=1e-10
+    )  # sums of up to 12,000 terms of order 1
+
+
+def test_group_norm_in_bfloat16_has_statistics_in_float32():
+  x = jax.random.normal(jax.random.key(0), (2, 8, 8, 16)) + 100
+  norm = Normed('bfloat16')
+  params = norm.init(jax.random.key(1), x)
+  fine = Normed('float32').apply(params, x)
+  y = norm.apply(params, x)
+  assert y.dtype == jnp.bfloat16
+  assert np.abs(np.asarray(y, 'f4') - fine).max() < 2**-7  # half a unit at 2 to 4
+
+
+def test_group_norm_refuses_channels_that_do_not_divide():
+  with pytest.raises(ValueError, match='130 channels do not divide into 32 groups'):
+    Normed('float32').init(jax.random.key(0), jnp.zeros((1, 2, 2, 130)))
