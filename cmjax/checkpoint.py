@@ -261,7 +261,9 @@ def _quiet() -> Iterator[None]:
   logger.setLevel(logging.CRITICAL)
   try:
     yield
+  except BaseException:
+    gc.collect()  # what failed complains again when it is let go: now, unheard
+    raise
   finally:
-    gc.collect()
     logger.setLevel(level)
     sys.unraisablehook = hook

@@ -112,8 +112,8 @@ def main() -> None:
 
 def _start() -> None:
   """Joins the other processes, and finds what earlier ones compiled."""
-  if _CACHE.value and not jax.config.jax_compilation_cache_dir:
-    jax.config.update('jax_compilation_cache_dir', _CACHE.value)
+  if _CACHE.present or not jax.config.jax_compilation_cache_dir:
+    jax.config.update('jax_compilation_cache_dir', _CACHE.value or None)
   if _COORDINATOR.value or _DISTRIBUTED.value:
     sharding.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
   elif _PROCESSES.value or _PROCESS.value >= 0:

@@ -2,7 +2,7 @@
 # Times our training steps and sampling against checkouts of other implementations, turn
 # by turn in one run, and prints one table. Each peer needs a Python of its own kind.
 # Usage: launch/bench_peers.sh --ect=CHECKOUT --ect_python=PYTHON --jcm=CHECKOUT
-#   (either may be left out; --full for the network of CIFAR-10; --help for the rest)
+#   (either may be left out; --size=full: the network of CIFAR-10; --help for the rest)
 set -euo pipefail
 here=$PWD
 cd "$(dirname "$0")/.."
