@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from cmjax import fields, logs, train
-from cmjax.core import Nets, TrainState, streams
+from cmjax.core import Batch, Nets, TrainState, streams
 from cmjax.run import Run
 
 # Peak FLOP/s of a device in bfloat16, dense. Source: the data sheets of the makers.
@@ -70,7 +70,7 @@ def measure(run: Run) -> dict[str, Any]:
   compiled = time.perf_counter()
   flops = step.cost_analysis().get('flops', 0.0)  # of one device
   memory = step.memory_analysis()
-  stepper = _Stepper(run, step, state)
+  stepper = Stepper(run, step, state)
   step_s = seconds(lambda: stepper(batch))
   waiting, loop_s = _waiting(run, stepper, batch)
   peak, peak_of = peak_flops()
@@ -102,33 +102,37 @@ def measure(run: Run) -> dict[str, Any]:
   return found
 
 
-class _Stepper:
+class Stepper:
   """The compiled step, called on and on: it is given its state and gives the next."""
 
   def __init__(self, run: Run, step: train.Step, state: TrainState):
     self._step, self._frozen, self.state = step, run.frozen, state
 
-  def __call__(self, batch):
+  def __call__(self, batch: Batch) -> dict[str, jax.Array]:
+    """One step, begun; its metrics."""
     self.state, metrics = self._step(self.state, self._frozen, batch)
     return metrics
 
+  def loop(self, steps: int, next_batch: Callable[[int], Batch]) -> None:
+    """So many steps, as far ahead of the device as in training, and waits for them."""
+    ahead = []
+    for i in range(steps):
+      ahead.append(self(next_batch(i)))
+      if len(ahead) > train.AHEAD:
+        jax.block_until_ready(ahead[-train.AHEAD])
+    jax.block_until_ready((self.state, ahead))
 
-def _waiting(run: Run, stepper: _Stepper, batch: Any) -> tuple[float, float]:
+
+def _waiting(run: Run, stepper: Stepper, batch: Any) -> tuple[float, float]:
   """The share of time that the data costs the loop, and the loop's time for a step.
 
-  The loop runs ahead of the device as in training; windows with data and with one batch
-  alternate.
+  Windows with data and with one batch alternate.
   """
   steps = max(3, min(100, round(2.0 / seconds(lambda: stepper(batch)))))
 
   def window(next_batch):
     start = time.perf_counter()
-    ahead = []
-    for i in range(steps):
-      ahead.append(stepper(next_batch(i)))
-      if len(ahead) > train.AHEAD:
-        jax.block_until_ready(ahead[-train.AHEAD])
-    jax.block_until_ready(ahead)
+    stepper.loop(steps, next_batch)
     return (time.perf_counter() - start) / steps
 
   pairs = [

@@ -226,8 +226,9 @@ def _loop(
       window.restart_clock()
     last = step == total
     if last or step % every.log_steps == 0:
-      lost += window.lost(step)
-      means = window.close(run.config.batch_size) | {'skipped_steps': len(lost)}
+      skipped, means = window.close(step, run.config.batch_size)
+      lost += skipped
+      means['skipped_steps'] = len(lost)
       log.scalars(step, means | _scheduled(run, step - 1))
       progress.report(step, {key: means[key] for key in _SHOWN if key in means})
       _stop_if_lost(run, lost)
@@ -267,14 +268,11 @@ class _Window:
     """Leaves what was not training out of images_per_s."""
     self._since, self._timed = time.monotonic(), 0
 
-  def lost(self, step: int) -> list[int]:
-    """Which steps of the window, that ends with `step`, were skipped."""
-    first = step - len(self._rows) + 1
-    return [first + i for i, row in enumerate(self._rows) if row['skipped'] > 0]
-
-  def close(self, batch_size: int) -> dict[str, float]:
-    """Means over the window, and images_per_s; a new window."""
+  def close(self, step: int, batch_size: int) -> tuple[list[int], dict[str, float]]:
+    """The skipped steps up to `step`, and means with images_per_s; a new window."""
     rows = jax.device_get(self._rows)
+    first = step - len(rows) + 1
+    skipped = [i for i, row in enumerate(rows, first) if row['skipped'] > 0]
     seconds = time.monotonic() - self._since
     names = rows[0].keys() - {'skipped'}
     means = {name: float(np.mean([row[name] for row in rows])) for name in names}
@@ -282,7 +280,7 @@ class _Window:
       means['images_per_s'] = self._timed * batch_size / seconds
     self._rows = []
     self.restart_clock()
-    return means
+    return skipped, means
 
 
 def weights(state: TrainState, name: str) -> Params:

@@ -82,8 +82,8 @@ OBJECTIVES = {
 }
 # Objectives of a family whose model has a form of its own; the others take EDM's.
 FORMS = {'trigflow': precond.trigflow, 'meanflow': precond.two_time}
-# name: how to build it, and the shape of an example
 UNET = dict(channels=8, channel_mult=(1, 2), blocks=1, attention=(4,))
+# name: how to build it, and the shape of an example
 NETWORKS = {
   'mlp:mlp': (
     lambda **kw: mlp.mlp(width=16, blocks=2, embedding=8, noise_scale=4.0, **kw),

@@ -530,7 +530,11 @@ def test_a_device_error_says_what_may_help(error, advice):
 
 def test_what_was_compiled_is_found_again(tmp_path):
   cache = tmp_path / 'cache'
-  environment = os.environ | {'JAX_ENABLE_COMPILATION_CACHE': 'true'}
+  other = tmp_path / 'other'  # what is given on the command line wins
+  environment = os.environ | {
+    'JAX_ENABLE_COMPILATION_CACHE': 'true',
+    'JAX_COMPILATION_CACHE_DIR': str(other),
+  }
   files = []
   for name in ('a', 'b'):
     done = python(
@@ -541,6 +545,7 @@ def test_what_was_compiled_is_found_again(tmp_path):
     files.append({path.name for path in cache.iterdir()})
   assert any('train_step' in name for name in files[0])
   assert {n for n in files[1] if n.endswith('-cache')} <= files[0]
+  assert not other.exists()
 
 
 def test_a_dry_run_shows_config_parameters_and_schedules(answers):

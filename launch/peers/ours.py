@@ -1,6 +1,5 @@
 """Our side of `bench_peers`: what `cmjax --mode=train` does, and one-step sampling."""
 
-import collections
 import itertools
 from pathlib import Path
 from typing import Any
@@ -8,9 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from cmjax import bench, evaluate, samplers, sharding, train
 from cmjax import config as configs
 from cmjax import run as runs
-from cmjax import samplers, sharding, train
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
 NETWORKS = {
@@ -23,38 +22,22 @@ NETWORKS = {
 def build(task: dict[str, Any]) -> dict[str, Any]:
   """What can be timed: each takes a number of calls and returns when they are done."""
   run = runs.prepare(_config(task), sharding.data_mesh(jax.devices()[:1]))
-  state, at = train.first_state(run), itertools.count()
-  step_fn = train.compiled_step(run)
-  draw, root = samplers.one_step(), jax.random.key(1)
+  stepper = bench.Stepper(run, train.compiled_step(run), train.first_state(run))
+  sampler, at = samplers.one_step(), itertools.count()
 
   def steps(calls):
-    nonlocal state
-    ahead = collections.deque()
-    for _ in range(calls):
-      state, metrics = step_fn(state, run.frozen, train.batch(run, next(at)))
-      ahead.append(metrics)
-      if len(ahead) > train.AHEAD:
-        jax.block_until_ready(ahead.popleft())
-    jax.block_until_ready((state, ahead))
-
-  @jax.jit
-  def drawn(params, first):
-    rows = jax.numpy.arange(task['batch'], dtype='uint32') + first
-    keys = jax.vmap(lambda i: jax.random.fold_in(root, i))(rows)
-    return draw(run.f, params, keys, None, run.source.shape).x
+    stepper.loop(calls, lambda _: train.batch(run, next(at)))
 
   def sample(calls):
-    params = train.weights(state, 'slow')
-    for i in range(calls):
-      x = drawn(params, np.uint32(i * task['batch']))
-    x.block_until_ready()
+    params = train.weights(stepper.state, 'slow')
+    evaluate.draw(run, params, sampler, samples=calls * task['batch'], seed=1)
 
   device = jax.devices()[0]
   return {
     'versions': {'jax': jax.__version__},
     'platform': device.platform,
     'device': '' if device.platform == 'cpu' else device.device_kind,
-    'parameters': sum(a.size for a in jax.tree.leaves(state.params)),
+    'parameters': sum(a.size for a in jax.tree.leaves(stepper.state.params)),
     'train': steps,
     'sample': sample,
   }
@@ -69,7 +52,8 @@ def _config(task):
     | {'dtype': task['precision']}
     | NETWORKS[task['peer']]
   )
-  c.batch_size, c.init_from = task['batch'], ''
+  c.batch_size = c.evaluation.batch_size = task['batch']
+  c.init_from = ''
   path = Path(task['folder']) / 'images.npz'
   images = np.random.default_rng(0).integers(0, 256, (4096, 32, 32, 3), np.uint8)
   np.savez(path, images=images)
