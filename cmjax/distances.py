@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from cmjax import checks
 from cmjax.core import Array, Params, sum_features
 
 Weighting = Callable[[Array, Array], Array]
@@ -68,8 +69,7 @@ def pseudo_huber(*, c: float = 0.0) -> Distance:
 
   Source: Song & Dhariwal 2023 (iCT), where c = 0.00054 sqrt(features).
   """
-  if c < 0:
-    raise ValueError(f'pseudo_huber: c must not be negative, got {c}')
+  checks.not_negative(c=c)
 
   def measure(a, b):
     squared = sum_features((a - b) ** 2)
@@ -121,8 +121,11 @@ def inverse_gap() -> Weighting:
 def edm_weighting(*, sigma_data: float = 0.5) -> Weighting:
   """w(t, r) = 1 / t^2 + 1 / sigma_data^2: the EDM weight, independent of r.
 
+  Raises: ValueError unless sigma_data > 0.
+
   Source: Karras et al. 2022 (EDM), table 1.
   """
+  checks.positive(sigma_data=sigma_data)
   return lambda t, r: 1.0 / t**2 + 1.0 / sigma_data**2
 
 

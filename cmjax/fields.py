@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from cmjax import checks
 from cmjax import process as processes
 from cmjax.core import Array, Denoiser, Field, Key, Model, Params, expand
 
@@ -53,8 +54,9 @@ def teacher_denoiser(
 ) -> Denoiser:
   """The denoiser of a teacher network with labels f32[B, K], guided unless it is 1.
 
-  Raises: ValueError for guidance without labels.
+  Raises: ValueError for guidance without labels, or that is not finite.
   """
+  checks.finite(guidance=guidance)
 
   def with_labels(x, t):
     return teacher(params, x, t, cond)
@@ -114,9 +116,13 @@ def stable_denoiser(
     threshold: noise level below which the posterior is taken to be the example itself.
     block: how many examples are in memory as floats at a time, for each row.
 
+  Raises: ValueError unless threshold >= 0 and block >= 1.
+
   Source: Xu et al. 2023 (STF), eq. (6); Wang et al. 2024 (Stable Consistency Tuning),
     section 4.1.
   """
+  checks.not_negative(threshold=threshold)
+  checks.whole(1, block=block)
   buckets, size = reference.examples.shape[:2]
   block = min(block, size)
   last = -(-size // block)

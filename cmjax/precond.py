@@ -9,12 +9,15 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from cmjax import checks
 from cmjax import process as processes
 from cmjax.core import Array, Key, Model, Network, Params, expand
 
 
 def edm(network: Network, *, sigma_data: float = 0.5) -> Model:
   """D(x, t) = c_skip x + c_out F(c_in x, ln(t) / 4): x and D f32[B, ...], t > 0 f32[B].
+
+  Raises: ValueError unless sigma_data > 0, or for a network of more than one clock.
 
   Source: Karras et al. 2022 (EDM), table 1.
   """
@@ -26,13 +29,16 @@ def consistency(
 ) -> Model:
   """f(x, t) with f(x, sigma_min) = x exactly: x and f f32[B, ...], t > 0 f32[B].
 
-  Raises: ValueError for a network of more than one clock.
+  Raises: ValueError unless sigma_data > 0 and sigma_min >= 0, or for a network of more
+    than one clock.
 
   Source: Song et al. 2023, appendix C: c_skip and c_out of EDM moved by sigma_min,
   except for the root in c_out. With sigma_min = 0 it is EDM's denoiser. locuslab/ect
   trains with 0 and samples with 0.003.
   """
   _check_clocks(network, 1)
+  checks.positive(sigma_data=sigma_data)
+  checks.not_negative(sigma_min=sigma_min)
 
   def model(params, x, t, cond, *, key=None) -> Array:
     t = expand(t, x)
@@ -76,11 +82,12 @@ class TrigFlow(NamedTuple):
 def trigflow(network: Network, *, sigma_data: float = 0.5) -> Model:
   """A `TrigFlow` model: denoiser and consistency function in one form.
 
-  Raises: ValueError for a network of more than one clock.
+  Raises: ValueError unless sigma_data > 0, or for a network of more than one clock.
 
   Source: Lu & Song 2024 (sCM), section 3.1, with c_noise(t) = t.
   """
   _check_clocks(network, 1)
+  checks.positive(sigma_data=sigma_data)
   return TrigFlow(network, sigma_data)
 
 

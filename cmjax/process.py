@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from cmjax import checks
 from cmjax.core import Array, expand
 
 
@@ -34,8 +35,11 @@ LINEAR = Process(
 def trigflow(sigma_data: float = 0.5) -> Process:
   """x_t = cos t x0 + sigma_data sin t z, t in [0, pi / 2].
 
+  Raises: ValueError unless sigma_data > 0.
+
   Source: Lu & Song 2024 (sCM), section 3.1, whose z has deviation sigma_data.
   """
+  checks.positive(sigma_data=sigma_data)
   return Process(
     alpha=jnp.cos,
     sigma=lambda t: sigma_data * jnp.sin(t),

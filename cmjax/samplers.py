@@ -8,14 +8,13 @@ from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from cmjax import solvers
+from cmjax import checks, solvers
 from cmjax.core import Array, Key, Model, Params
 from cmjax.fields import probability_flow
 from cmjax.precond import TwoTime
 from cmjax.process import VE
-from cmjax.times import karras
+from cmjax.times import check_edges, karras
 
 
 class Samples(NamedTuple):
@@ -46,7 +45,23 @@ def _normal(keys: Key, index: int, shape: tuple[int, ...]) -> Array:
   )
 
 
+def _prior(
+  sigma: float, keys: Key, cond: Array | None, shape: tuple[int, ...]
+) -> Array:
+  """What every sampler starts from: sigma z, f32[B, *shape], once cond is checked."""
+  if cond is not None:
+    one_hot = jnp.ndim(cond) == 2 and jnp.issubdtype(cond.dtype, jnp.floating)
+    if not one_hot or len(cond) != len(keys):
+      raise ValueError(
+        f'cond must be one-hot f32[{len(keys)}, K], as jax.nn.one_hot(labels, K) '
+        f'gives, got {cond.dtype}{list(jnp.shape(cond))}'
+      )
+  return sigma * _normal(keys, 0, shape)
+
+
 def _check_descending(where: str, times: Sequence[float], above: float) -> None:
+  for time in times:
+    checks.finite(times=time)
   if not times or list(times) != sorted(set(times), reverse=True):
     raise ValueError(f'{where}: times must descend, and be at least one, got {times}')
   if times[-1] <= above:
@@ -59,14 +74,16 @@ def multistep(*, times: Sequence[float], sigma_min: float = 0.0) -> Sampler:
   `times` are noise levels, descending, not indices; one evaluation each. Noise is added
   with standard deviation sqrt(t^2 - sigma_min^2).
 
-  Raises: ValueError if times are empty, do not descend, or end below sigma_min.
+  Raises: ValueError if times are empty, do not descend, or end below sigma_min, or for
+    a negative sigma_min.
 
   Source: Song et al. 2023, algorithm 1; with sigma_min = 0 as locuslab/ect samples.
   """
+  checks.not_negative(sigma_min=sigma_min)
   _check_descending('multistep', times, sigma_min)
 
   def sampler(f, params, keys, cond, shape):
-    x = times[0] * _normal(keys, 0, shape)
+    x = _prior(times[0], keys, cond, shape)
     for i, t in enumerate(times):
       if i > 0:
         x += (t**2 - sigma_min**2) ** 0.5 * _normal(keys, i, shape)
@@ -77,7 +94,11 @@ def multistep(*, times: Sequence[float], sigma_min: float = 0.0) -> Sampler:
 
 
 def one_step(*, sigma_max: float = 80.0) -> Sampler:
-  """f(sigma_max z, sigma_max): one evaluation. Source: Song et al. 2023, section 3."""
+  """f(sigma_max z, sigma_max): one evaluation. Source: Song et al. 2023, section 3.
+
+  Raises: ValueError unless sigma_max > 0.
+  """
+  checks.positive(sigma_max=sigma_max)
   return multistep(times=(sigma_max,))
 
 
@@ -93,15 +114,15 @@ def ode(
 
   `solver` is 'heun' (2 steps - 1 evaluations: 35 for 18) or 'euler' (as many as steps).
 
-  Raises: ValueError for another solver, fewer than two steps, or a grid that is none.
+  Raises: ValueError for another solver, fewer than 2 steps or more than 100,000, or
+    unless 0 < sigma_min < sigma_max and rho > 0.
 
   Source: Karras et al. 2022 (EDM), algorithm 1.
   Differs: the state is float32; NVlabs/edm keeps float64.
   """
-  if steps < 2:
-    raise ValueError(f'ode: needs at least two steps, got {steps=}')
+  checks.whole(2, 100_000, steps=steps)
   advance = solvers.by_name(solver)
-  grid = np.asarray(karras(steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho))
+  grid = karras(steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
   evaluations = steps + (steps - 1 if solver == 'heun' else 0)
 
   def sampler(f, params, keys, cond, shape):
@@ -111,7 +132,7 @@ def ode(
       t, r = (jnp.full(len(x), level) for level in pair)
       return advance(flow, x, t, r), None
 
-    x = sigma_max * _normal(keys, 0, shape)
+    x = _prior(sigma_max, keys, cond, shape)
     x, _ = jax.lax.scan(step, x, (grid[:-1], grid[1:]))
     last = jnp.full(len(x), grid[-1])
     return Samples(solvers.euler(flow, x, last, jnp.zeros_like(last)), evaluations)
@@ -133,15 +154,16 @@ def phased(
 
   Source: Wang et al. 2024 (Stable Consistency Tuning), sections 4.3 and 4.4.
   """
+  checks.positive(sigma_max=sigma_max)
+  check_edges(edges)
+  if edges and edges[-1] >= sigma_max:
+    raise ValueError(f'edges must be below {sigma_max=}, got {tuple(edges)}')
+  if not 0 < skip <= 1:
+    raise ValueError(f'skip must be in (0, 1], got {skip}')
   levels = [0.0, *edges, sigma_max]
-  if levels != sorted(set(levels)) or not 0 < skip <= 1:
-    raise ValueError(
-      f'phased: needs edges ascending between 0 and {sigma_max=}, and a skip in '
-      f'(0, 1]; got edges={tuple(edges)}, {skip=}'
-    )
 
   def sampler(f, params, keys, cond, shape):
-    x, t = sigma_max * _normal(keys, 0, shape), sigma_max
+    x, t = _prior(sigma_max, keys, cond, shape), sigma_max
     for edge in reversed(levels[:-1]):
       s = skip * edge
       denoised = f(params, x, jnp.full(len(x), t, x.dtype), cond, key=None)
@@ -164,7 +186,7 @@ def flow_map(*, times: Sequence[float] = (80.0,)) -> Sampler:
   def sampler(f, params, keys, cond, shape):
     if not isinstance(f, TwoTime):
       raise ValueError('flow_map needs config.precond.fn=cmjax.precond:two_time')
-    x = times[0] * _normal(keys, 0, shape)
+    x = _prior(times[0], keys, cond, shape)
     for t, s in zip(times, (*times[1:], 0.0)):
       t, s = (jnp.full(len(x), level, x.dtype) for level in (t, s))
       x = f.move(params, x, t, s, cond)

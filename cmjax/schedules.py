@@ -9,18 +9,25 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
+from cmjax import checks
 from cmjax.core import Schedule
 
 
 def constant(*, value: float) -> Schedule:
-  """The same value at every step."""
+  """The same value at every step. Raises: ValueError if it is not finite."""
+  checks.finite(value=value)
   return lambda step: jnp.full(jnp.shape(step), value, jnp.float32)
 
 
 def cosine(
   *, peak: float, batch_size: int, total_images: int, warmup_images: int = 0
 ) -> Schedule:
-  """Linear warm-up to `peak`, then half a cosine down to zero at the end of the run."""
+  """Linear warm-up to `peak`, then half a cosine down to zero at the end of the run.
+
+  Raises: ValueError for a negative peak or warm-up.
+  """
+  checks.not_negative(peak=peak, warmup_images=warmup_images)
+  checks.positive(batch_size=batch_size, total_images=total_images)
 
   def schedule(step):
     images = jnp.asarray(step, jnp.float32) * batch_size
@@ -34,8 +41,12 @@ def cosine(
 def warmup(*, peak: float, batch_size: int, warmup_images: int) -> Schedule:
   """Linear from 0 to `peak` over `warmup_images`, then constant.
 
+  Raises: ValueError for a negative peak or warm-up.
+
   Source: NVlabs/edm `training_loop.py`, where warm-up takes 10 million images.
   """
+  checks.not_negative(peak=peak, warmup_images=warmup_images)
+  checks.positive(batch_size=batch_size)
   return lambda step: (
     peak
     * jnp.minimum(
@@ -44,19 +55,28 @@ def warmup(*, peak: float, batch_size: int, warmup_images: int) -> Schedule:
   )
 
 
-def inverse_root(*, peak: float, hold_images: int, batch_size: int) -> Schedule:
+def inverse_root(
+  *, peak: float, hold_images: int, batch_size: int, rampup_images: int = 0
+) -> Schedule:
   """`peak` for the first `hold_images`, then as one over the root of the images seen.
 
-  Raises: ValueError unless it is held for some images.
+  Beside it, linear from 0 to 1 over `rampup_images`, as a factor.
 
-  Source: NVlabs/edm2 `training_loop.py`, `learning_rate_schedule`.
+  Raises: ValueError unless it is held for some images, or for a negative peak or
+    ramp-up.
+
+  Source: NVlabs/edm2 `training_loop.py`, `learning_rate_schedule`, whose ramp-up takes
+    10 million images; that of locuslab/ect, branch imgnet, has none.
   """
-  if hold_images < 1:
-    raise ValueError(f'needs {hold_images=} >= 1')
+  checks.not_negative(peak=peak, rampup_images=rampup_images)
+  checks.positive(hold_images=hold_images, batch_size=batch_size)
 
   def schedule(step):
     images = jnp.asarray(step, jnp.float32) * batch_size
-    return peak / jnp.sqrt(jnp.maximum(images / hold_images, 1.0))
+    held = peak / jnp.sqrt(jnp.maximum(images / hold_images, 1.0))
+    if rampup_images == 0:
+      return held
+    return held * jnp.minimum(images / rampup_images, 1.0)
 
   return schedule
 
@@ -72,8 +92,8 @@ def half_life(
 
   Source: NVlabs/edm `training_loop.py` (half-life 500k images, ramp-up 0.05).
   """
-  if half_life_images <= 0 or rampup_ratio < 0:
-    raise ValueError(f'needs {half_life_images=} > 0 and {rampup_ratio=} >= 0')
+  checks.positive(half_life_images=half_life_images, batch_size=batch_size)
+  checks.not_negative(rampup_ratio=rampup_ratio)
 
   def schedule(step):
     life = jnp.full(jnp.shape(step), half_life_images, jnp.float32)
@@ -132,9 +152,10 @@ def shrinking_gap(
   Differs: from the paper's a = floor(images / stage_images), whose first stage is
     plain diffusion training; as in the released code that stage is left out.
   """
-  if q <= 1 or stage_images <= 0:
-    raise ValueError(f'needs {q=} > 1 and {stage_images=} > 0')
-
+  checks.positive(stage_images=stage_images, batch_size=batch_size)
+  checks.not_negative(total_images=total_images)
+  if not 1 < q < math.inf:
+    raise ValueError(f'q must be finite and above 1, got {q}')
   stages = 1 + total_images / stage_images
   if stages * math.log2(q) > 18:
     raise ValueError(
@@ -162,8 +183,7 @@ def adaptive_bins(
 
   Source: Song et al. 2023, appendix C, with s0 = start and s1 = end.
   """
-  if not 1 <= start <= end:
-    raise ValueError(f'needs 1 <= start <= end, got {start=}, {end=}')
+  _check_bins(start, end, batch_size, total_images)
 
   def schedule(step):
     share = jnp.asarray(step, jnp.float32) * batch_size / total_images
@@ -186,8 +206,12 @@ def adaptive_target_rate(
 
   With `as_released` the divisor is N(k) - 1, as in openai/consistency_models.
 
+  Raises: ValueError unless 0 < start_rate < 1 and 1 <= start <= end.
+
   Source: Song et al. 2023, appendix C.
   """
+  if not 0 < start_rate < 1:
+    raise ValueError(f'start_rate must be in (0, 1), got {start_rate}')
   bins = adaptive_bins(
     start=start, end=end, batch_size=batch_size, total_images=total_images
   )
@@ -204,8 +228,7 @@ def doubling_bins(
 
   Source: Song & Dhariwal 2023 (iCT), section 3.4.
   """
-  if not 1 <= start <= end:
-    raise ValueError(f'needs 1 <= start <= end, got {start=}, {end=}')
+  _check_bins(start, end, batch_size, total_images)
   stages = math.log2(end // start) + 1
   stage_steps = math.floor(total_images // batch_size / stages)
   if stage_steps < 1:
@@ -220,17 +243,25 @@ def doubling_bins(
   return schedule
 
 
+def _check_bins(start, end, batch_size, total_images):
+  checks.whole(1, start=start, end=end)
+  checks.positive(batch_size=batch_size, total_images=total_images)
+  if start > end:
+    raise ValueError(f'needs start <= end, got {start=}, {end=}')
+
+
 def halving_steps(*, start: int, stage_images: int, batch_size: int) -> Schedule:
   """The student's number of sampling steps, halved at each stage down to one.
 
-  Raises: ValueError unless start >= 1 and the stages have a length.
+  Raises: ValueError unless start >= 1 and the stages have a step.
 
   Source: Salimans & Ho 2022, algorithm 2.
+  Differs: stages are equally long; theirs for two steps and for one take twice as long.
   """
-  if start < 1 or stage_images < batch_size:
-    raise ValueError(f'needs {start=} >= 1 and {stage_images=} >= {batch_size=}')
+  checks.whole(1, start=start)
+  stage_steps = _stage_steps(stage_images, batch_size)
   return lambda step: jnp.maximum(
-    jnp.floor(start * 0.5 ** _stage(step, stage_images // batch_size)), 1.0
+    jnp.floor(start * 0.5 ** _stage(step, stage_steps)), 1.0
   )
 
 
@@ -239,13 +270,11 @@ def copy_at_stages(*, stage_images: int, batch_size: int) -> Schedule:
 
   The target network is then the student as the last stage left it.
 
-  Raises: ValueError unless the stages have a length.
+  Raises: ValueError unless the stages have a step.
 
   Source: Salimans & Ho 2022, algorithm 2, where the student becomes the teacher.
   """
-  if stage_images < batch_size:
-    raise ValueError(f'needs {stage_images=} >= {batch_size=}')
-  steps = stage_images // batch_size
+  steps = _stage_steps(stage_images, batch_size)
   return lambda step: jnp.where(
     (jnp.asarray(step, jnp.int32) + 1) % steps == 0, 0.0, 1.0
   )
@@ -254,14 +283,20 @@ def copy_at_stages(*, stage_images: int, batch_size: int) -> Schedule:
 def stage_decay(*, peak: float, stage_images: int, batch_size: int) -> Schedule:
   """Falls linearly from `peak` to zero in each stage.
 
-  Raises: ValueError unless the stages have a length.
+  Raises: ValueError for a negative peak, or unless the stages have a step.
 
   Source: Salimans & Ho 2022, appendix E.
   """
+  checks.not_negative(peak=peak)
+  steps = _stage_steps(stage_images, batch_size)
+  return lambda step: peak * (1.0 - jnp.asarray(step, jnp.int32) % steps / steps)
+
+
+def _stage_steps(stage_images, batch_size):
+  checks.positive(stage_images=stage_images, batch_size=batch_size)
   if stage_images < batch_size:
     raise ValueError(f'needs {stage_images=} >= {batch_size=}')
-  steps = stage_images // batch_size
-  return lambda step: peak * (1.0 - jnp.asarray(step, jnp.int32) % steps / steps)
+  return stage_images // batch_size
 
 
 def _stage(step, stage_steps):

@@ -12,16 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cmjax import distances, fields, oracles, process, solvers, times
-from cmjax.core import (
-  Array,
-  Batch,
-  Key,
-  Loss,
-  Model,
-  Nets,
-  streams,
-)
+from cmjax import checks, distances, fields, oracles, process, solvers, times
+from cmjax.core import Array, Batch, Key, Loss, Model, Nets, streams
 from cmjax.objectives import continuous, discrete
 
 
@@ -36,19 +28,28 @@ class Subject(NamedTuple):
   loss: Loss | None = None
   teacher: Model | None = None
   in_dtype: Callable[[str], Model] | None = None  # the same model in another dtype
+  step: int = 0  # of training, whose schedules the loss follows
 
 
 class Study(NamedTuple):
-  """A table, and which of its columns are worth a picture."""
+  """A table, what its columns mean, and which of them are worth a picture."""
 
   title: str
   rows: list[dict[str, float]]
   x: str
   ys: tuple[str, ...]
+  columns: dict[str, str]  # what each means, in one line, in the order of the rows
 
 
 def _levels(lowest: float, highest: float, count: int) -> np.ndarray:
+  checks.positive(lowest=lowest, highest=highest)
+  checks.whole(1, 10_000, count=count)
+  if lowest > highest:
+    raise ValueError(f'needs lowest <= highest, got {lowest=}, {highest=}')
   return np.geomspace(lowest, highest, count)
+
+
+_T = 'noise level, in units of the data'
 
 
 def _rms(x: Array) -> Array:
@@ -57,7 +58,7 @@ def _rms(x: Array) -> Array:
 
 def _by_level(measure, levels) -> list[dict[str, float]]:
   """One row a noise level, of a function of (t f32[], key) -> dict of f32[]."""
-  measure = jax.jit(measure)
+  measure = jax.jit(measure)  # which returns its dict sorted
   rows = []
   for i, t in enumerate(levels):
     found = measure(jnp.float32(t), jax.random.fold_in(jax.random.key(0), i))
@@ -80,7 +81,12 @@ def map_error(
 
   `oracle` is the distribution of the data, and s the map's end; beside it the same for
   the data's mean, which is what a model that knows nothing should say at large t.
+
+  Raises: ValueError for levels that do not ascend from above zero, or an empty count.
   """
+  checks.positive(s=s)
+  checks.whole(1, samples=samples)
+  checks.whole(1, 100_000, steps=steps)
 
   def measure(t, key):
     which, noise = jax.random.split(key)
@@ -94,12 +100,24 @@ def map_error(
     return {'rms_error': _rms(y - exact), 'rms_error_of_mean': _rms(exact - mean[None])}
 
   rows = _by_level(measure, _levels(lowest, highest, count))
-  return Study(
+  return _study(
     'Error against the exact consistency map',
     rows,
     't',
     ('rms_error', 'rms_error_of_mean'),
+    {
+      't': _T,
+      'rms_error': 'root mean square of f minus the exact map, in units of the data',
+      'rms_error_of_mean': "the same with the data's mean in the place of f",
+    },
   )
+
+
+def _study(title, rows, x, ys, columns) -> Study:
+  """The study, its rows in the order of the columns that explain them."""
+  ordered = [{name: row[name] for name in columns if name in row} for row in rows]
+  known = {name: text for name, text in columns.items() if name in ordered[0]}
+  return Study(title, ordered, x, tuple(y for y in ys if y in known), known)
 
 
 def _posterior(subject: Subject, x: Array, cond: Array | None, t: Array) -> Array:
@@ -191,7 +209,10 @@ def tangents(
   scatters single examples of the posterior about it, `stable` averages over about
   `subset` random examples and one of the posterior; `teacher` is the difference that
   the teacher's field makes, which does not scatter.
+
+  Raises: ValueError for levels that do not ascend from above zero, or an empty count.
   """
+  checks.whole(1, samples=samples, draws=draws, subset=subset)
 
   def measure(t, key):
     found = _tangents(subject, t, key, samples, draws, subset)
@@ -205,8 +226,19 @@ def tangents(
     return scaled
 
   rows = _by_level(measure, _levels(lowest, highest, count))
-  ys = tuple(key for key in rows[0] if key != 't')
-  return Study('Defect and scatter of tangents, times t', rows, 't', ys)
+  return _study(
+    'Defect and scatter of tangents, times t',
+    rows,
+    't',
+    ('defect', 'conditional', 'stable', 'teacher'),
+    {
+      't': _T,
+      'defect': 't df/dt along the ODE of all the data, root mean square; 0 is exact',
+      'conditional': 'how far t df/dt along single examples scatters about it',
+      'stable': f'the same along means over about {subset} examples, as stable_ct',
+      'teacher': "how far t df/dt along the teacher's field is from it",
+    },
+  )
 
 
 def normalised_bias(
@@ -225,7 +257,12 @@ def normalised_bias(
   posterior: at the optimum E[g] = 0, and what is left is bias. `cosine` is its
   direction against the true tangent's, and `floor` the length that the mean of as many
   random unit vectors has.
+
+  Raises: ValueError for a negative c, levels that do not ascend from above zero, or an
+    empty count.
   """
+  checks.not_negative(c=c)
+  checks.whole(1, samples=samples, draws=draws)
 
   def measure(t, key):
     found = _tangents(subject, t, key, samples, draws, 1)
@@ -246,7 +283,18 @@ def normalised_bias(
     }
 
   rows = _by_level(measure, _levels(lowest, highest, count))
-  return Study('Bias of normalised tangents', rows, 't', ('length', 'floor'))
+  return _study(
+    'Bias of normalised tangents',
+    rows,
+    't',
+    ('length', 'floor'),
+    {
+      't': _T,
+      'length': 'of the mean of g / (|g| + c) over the posterior, at most 1',
+      'cosine': "of that mean and the true tangent's direction",
+      'floor': f'the length that the mean of {draws} random unit vectors has',
+    },
+  )
 
 
 def gradient_noise(subject: Subject, *, bins: int = 8, batches: int = 16) -> Study:
@@ -255,17 +303,23 @@ def gradient_noise(subject: Subject, *, bins: int = 8, batches: int = 16) -> Stu
   For each bin of t, at the mean t in it: the length of the mean gradient over
   `batches` batches, the root mean square distance of one batch from it, and their ratio
   `snr`; `share` is how much of the batch lies in the bin. The signal is unbiased for
-  the batches' own noise, and zero where that hides it.
+  the batches' own noise, and zero where that hides it. The loss is that of
+  `subject.step`, for every batch.
+
+  Raises: ValueError for fewer than two batches, or a subject without an objective.
   """
+  checks.whole(1, 1_000, bins=bins)
+  checks.whole(2, batches=batches)
   if subject.loss is None or subject.batch is None:
     raise ValueError('gradient_noise needs an objective and its batches')
   edges = jnp.asarray(np.geomspace(2e-3, 80.0, bins + 1)[1:-1], jnp.float32)
 
   @jax.jit
-  def by_bin(params, step, batch):
+  def by_bin(params, i, batch):
     def value(params, inside_of):
       nets = subject.nets._replace(online=params)
-      out = subject.loss(nets, batch, step, streams(jax.random.key(1), step))
+      step, keys = jnp.int32(subject.step), streams(jax.random.key(1), i)
+      out = subject.loss(nets, batch, step, keys)
       t = out.aux['t']
       inside = jnp.sum(t[:, None] > edges[None, :], axis=1) == inside_of
       total = jnp.sum(jnp.where(inside, out.loss, 0.0)) / len(t)
@@ -279,9 +333,9 @@ def gradient_noise(subject: Subject, *, bins: int = 8, batches: int = 16) -> Stu
     return sum(jnp.sum(g**2, axis=range(1, g.ndim)) for g in jax.tree.leaves(gradient))
 
   total, squares, seen, log_t, size = None, 0.0, 0.0, 0.0, 0
-  for step in range(batches):
-    batch = subject.batch(step)
-    gradient, (count, log_sum) = by_bin(subject.nets.online, jnp.int32(step), batch)
+  for i in range(batches):
+    batch = subject.batch(subject.step + i)
+    gradient, (count, log_sum) = by_bin(subject.nets.online, jnp.int32(i), batch)
     total = gradient if total is None else jax.tree.map(jnp.add, total, gradient)
     squares, seen, log_t = squares + squared(gradient), seen + count, log_t + log_sum
     size += len(batch.x0)
@@ -300,7 +354,19 @@ def gradient_noise(subject: Subject, *, bins: int = 8, batches: int = 16) -> Stu
     for b in range(bins)
     if seen[b]
   ]
-  return Study('Gradient of the objective: signal and noise', rows, 't', ('snr',))
+  return _study(
+    'Gradient of the objective: signal and noise',
+    rows,
+    't',
+    ('snr',),
+    {
+      't': f'{_T}: the geometric mean in the bin',
+      'signal': f'length of the mean gradient of the bin over {batches} batches',
+      'noise': 'root mean square distance of one batch from it',
+      'snr': 'signal / noise; 0 where the noise hides the signal',
+      'share': 'of the batch that lies in the bin',
+    },
+  )
 
 
 def jvp_precision(
@@ -309,10 +375,14 @@ def jvp_precision(
   """Relative error of df/dt, by `jax.jvp` and by central differences of width h t.
 
   The truth is the jvp in float64; lognormal t, along single examples. Each row is one
-  h, 0 standing for the jvp itself.
+  h; the error of the jvp, which has none, is the same in all.
 
-  Raises: ValueError for a subject that cannot be had in another dtype.
+  Raises: ValueError for a subject that cannot be had in another dtype, or steps outside
+    (0, 1).
   """
+  checks.whole(1, samples=samples)
+  if not steps or not all(0 < h < 1 for h in steps):
+    raise ValueError(f'steps must be in (0, 1), and at least one, got {tuple(steps)}')
   if subject.in_dtype is None:
     raise ValueError('jvp_precision needs a network with a `dtype`')
   keys = jax.random.split(jax.random.key(2), 3)
@@ -334,26 +404,31 @@ def jvp_precision(
         u = t * (1 + s)
         return f(params, process.point(process.VE, x0, z, u), u, cond)
 
-      if h == 0:
+      if h is None:
         return jax.jvp(along, (jnp.zeros((), carried),), (jnp.ones((), carried),))[1]
       return (along(h) - along(-h)) / (2 * h)
 
     return np.asarray(run(params, *data), np.float64)
 
   with jax.enable_x64(True):
-    truth = derivative('float64', np.float64, 0)
+    truth = derivative('float64', np.float64, None)
 
   def error(dtype, h):
     off = derivative(dtype, np.float32, h) - truth
     return float(np.linalg.norm(off) / np.linalg.norm(truth))
 
+  dtypes = ('float32', 'bfloat16')
+  jvp = {f'{dtype}_jvp': error(dtype, None) for dtype in dtypes}
   rows = [
-    {'h': float(h)} | {dtype: error(dtype, h) for dtype in ('float32', 'bfloat16')}
-    for h in (0.0, *steps)
+    {'h': float(h)} | {dtype: error(dtype, h) for dtype in dtypes} | jvp for h in steps
   ]
-  return Study(
-    'Relative error of df/dt (h = 0: jvp)', rows, 'h', ('float32', 'bfloat16')
-  )
+  columns = {'h': 'width of the differences, relative to t'}
+  columns |= {dtype: f'relative error of differences in {dtype}' for dtype in dtypes}
+  columns |= {
+    f'{dtype}_jvp': f'relative error of jax.jvp in {dtype}' for dtype in dtypes
+  }
+  ys = tuple(name for name in columns if name != 'h')
+  return _study('Relative error of df/dt', rows, 'h', ys, columns)
 
 
 def discrete_limit(
@@ -369,7 +444,15 @@ def discrete_limit(
   The pairs of consistency training on a Karras grid and squared l2, times N - 1,
   against Theorem 6 at the lower point, for the same draws; with the unsquared norm,
   against the normalised tangent. In float32 rounding takes over at some N.
+
+  Raises: ValueError for points below 2, or unless 0 < sigma_min < sigma_max.
   """
+  checks.whole(1, samples=samples)
+  if not points:
+    raise ValueError('points must be at least one')
+  for n in points:
+    checks.whole(2, points=n)
+  times.check_grid(sigma_min, sigma_max, rho=7.0)
   keys = jax.random.split(jax.random.key(3), 3)
   index = jax.random.randint(keys[0], (samples,), 0, len(subject.x0))
   cond = None if subject.cond is None else subject.cond[index]
@@ -395,7 +478,7 @@ def discrete_limit(
     ('squared_l2', distances.squared_l2(), lambda t, r: speed, lambda n: n - 1),
     ('l2', distances.pseudo_huber(), distances.uniform(), lambda n: 1),
   )
-  rows = [{'N': float(n)} for n in points]
+  rows = [{'N': int(n)} for n in points]
   for name, metric, weighting, factor in cases:
     limit = kernel_gradient(
       continuous.pseudo_loss, r, distance=metric, weighting=weighting
@@ -410,7 +493,17 @@ def discrete_limit(
         weighting=distances.uniform(),
       )
       row[name] = _distance(found, limit, factor(n))
-  return Study('Discrete gradient against its limit', rows, 'N', ('squared_l2', 'l2'))
+  return _study(
+    'Discrete gradient against its limit',
+    rows,
+    'N',
+    ('squared_l2', 'l2'),
+    {
+      'N': 'points of the Karras grid',
+      'squared_l2': 'relative distance of (N - 1) times the gradient to Theorem 6',
+      'l2': "the same of the unsquared norm's to the normalised tangent",
+    },
+  )
 
 
 def _distance(found, limit, scale) -> float:

@@ -1,11 +1,13 @@
 """Grids and draws of noise levels: t, and its cleaner neighbour r < t."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from cmjax import checks
 from cmjax.core import Array, Key, Schedule
 
 Times = Callable[[Key, int], Array]  # (key, B) -> t f32[B]
@@ -25,29 +27,43 @@ def karras_at(
 
 def karras(
   n: int, *, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
-) -> Array:
-  """Descending grid f32[n], from sigma_max to sigma_min exactly.
+) -> np.ndarray:
+  """Descending grid f64[n] on the host, from sigma_max to sigma_min exactly.
 
-  Raises: ValueError unless 0 < sigma_min < sigma_max and rho > 0.
+  Raises: ValueError unless n >= 2, 0 < sigma_min < sigma_max and rho > 0.
 
   Source: Karras et al. 2022 (EDM), eq. (5).
   """
-  _check_grid(sigma_min, sigma_max, rho)
-  index = jnp.arange(n, dtype=float)
+  checks.whole(2, n=n)
+  check_grid(sigma_min, sigma_max, rho)
+  index = np.arange(n, dtype=np.float64)
   grid = karras_at(index, n, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
-  return grid.at[0].set(sigma_max).at[-1].set(sigma_min)
+  grid[0], grid[-1] = sigma_max, sigma_min
+  return grid
 
 
-def _check_grid(sigma_min: float, sigma_max: float, rho: float) -> None:
-  if not 0 < sigma_min < sigma_max or rho <= 0:
-    raise ValueError(
-      f'needs 0 < sigma_min < sigma_max and rho > 0, got {sigma_min=}, {sigma_max=}, '
-      f'{rho=}'
-    )
+def check_grid(sigma_min: float, sigma_max: float, rho: float) -> None:
+  """Raises: ValueError unless 0 < sigma_min < sigma_max and rho > 0, all finite."""
+  checks.positive(sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
+  if sigma_min >= sigma_max:
+    raise ValueError(f'needs sigma_min < sigma_max, got {sigma_min=}, {sigma_max=}')
+
+
+def check_edges(edges: Sequence[float]) -> None:
+  """Raises: ValueError for levels that are not finite or do not ascend above zero."""
+  for edge in edges:
+    checks.finite(edges=edge)
+  if list(edges) != sorted(set(edges)) or (edges and edges[0] <= 0):
+    raise ValueError(f'edges must ascend from above zero, got {tuple(edges)}')
 
 
 def lognormal(*, mean: float, std: float) -> Times:
-  """ln t ~ N(mean, std^2), not truncated. Source: EDM, table 1 (-1.2, 1.2)."""
+  """ln t ~ N(mean, std^2), not truncated. Source: EDM, table 1 (-1.2, 1.2).
+
+  Raises: ValueError unless the mean is finite and std > 0.
+  """
+  checks.finite(mean=mean)
+  checks.positive(std=std)
   return lambda key, n: jnp.exp(mean + std * jax.random.normal(key, (n,)))
 
 
@@ -72,7 +88,7 @@ def karras_uniform(
 
   Source: Song et al. 2023, theorems 3 to 6.
   """
-  _check_grid(sigma_min, sigma_max, rho)
+  check_grid(sigma_min, sigma_max, rho)
   grid = dict(sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
   return lambda key, n: karras_clock(jax.random.uniform(key, (n,)), **grid)
 
@@ -106,8 +122,11 @@ def check_pairs(pairs: Pairs, *, equal: bool = False, above: bool = False) -> No
 def ect_pairs(*, times: Times, gap: Schedule, k: float = 8.0, b: float = 1.0) -> Pairs:
   """t from `times`, r at the relative gap of the step; r = 0 where the gap is wide.
 
+  Raises: ValueError unless k and b are finite.
+
   Source: Geng et al. 2024 (ECT); locuslab/ect `loss.py`.
   """
+  checks.finite(k=k, b=b)
 
   def pairs(key, n, step):
     t = times(key, n)
@@ -129,7 +148,7 @@ def karras_pairs(
 
   Source: Song et al. 2023, algorithms 2 and 3.
   """
-  _check_grid(sigma_min, sigma_max, rho)
+  check_grid(sigma_min, sigma_max, rho)
 
   def pairs(key, n, step):
     points = bins(step)
@@ -155,11 +174,13 @@ def lognormal_pairs(
   The bin is the one that a lognormal draw between sigma_min and sigma_max falls into,
   which gives each bin its share erf(upper) - erf(lower) without a table.
 
-  Raises: ValueError unless 0 < sigma_min < sigma_max and rho > 0.
+  Raises: ValueError unless 0 < sigma_min < sigma_max, rho > 0 and std > 0.
 
   Source: Song & Dhariwal 2023 (iCT), section 3.5.
   """
-  _check_grid(sigma_min, sigma_max, rho)
+  check_grid(sigma_min, sigma_max, rho)
+  checks.finite(mean=mean)
+  checks.positive(std=std)
   grid = dict(sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
   ends = [(math.log(sigma) - mean) / std for sigma in (sigma_min, sigma_max)]
 
@@ -183,12 +204,13 @@ def two_times(
   r = t in the first rows of the batch, `equal_share` of it: there the objective is
   flow matching.
 
-  Raises: ValueError for a share outside [0, 1].
+  Raises: ValueError for a share outside [0, 1], or unless std > 0.
 
   Source: Geng et al. 2025 (MeanFlow), section 4.3; Gsunshine/meanflow.
   """
-  if not 0 <= equal_share <= 1:
-    raise ValueError(f'needs a share in [0, 1], got {equal_share=}')
+  checks.finite(mean=mean)
+  checks.positive(std=std)
+  checks.share(equal_share=equal_share)
 
   def pairs(key, n, step):
     both = jax.nn.sigmoid(mean + std * jax.random.normal(key, (2, n)))
@@ -198,28 +220,30 @@ def two_times(
   return pairs
 
 
-def dyadic_times(*, finest: int = 128, equal_share: float = 0.75) -> Pairs:
+def dyadic_times(*, finest: int = 128, flow_share: float = 0.75) -> Pairs:
   """t and r of the linear process on a grid of `finest` steps, a power of two apart.
 
-  r = t in the first rows of the batch, `equal_share` of it: there the objective is
-  flow matching, and t is uniform.
+  In the first rows of the batch, `flow_share` of it, r is the next point of the grid:
+  there the objective is flow matching.
 
-  Raises: ValueError unless `finest` is a power of two above 1 and the share in [0, 1].
+  Raises: ValueError unless `finest` is a power of two from 2 to 65,536 and the share in
+    [0, 1].
 
-  Source: Frans et al. 2024 (shortcut models), section 3.2.
+  Source: Frans et al. 2024 (shortcut models), section 3.2; kvfrans/shortcut-models.
+  Differs: gaps are drawn, each equally often; theirs are dealt to the rows.
   """
+  checks.whole(2, 2**16, finest=finest)
+  checks.share(flow_share=flow_share)
   levels = finest.bit_length() - 1
-  if finest != 2**levels or levels < 1 or not 0 <= equal_share <= 1:
-    raise ValueError(
-      f'needs a power of two above 1 and a share in [0, 1], got {finest=}, '
-      f'{equal_share=}'
-    )
+  if finest != 2**levels:
+    raise ValueError(f'finest must be a power of two, got {finest}')
 
   def pairs(key, n, step):
-    u = jax.random.uniform(key, (3, n))
+    u = jax.random.uniform(key, (2, n))
+    flows = jnp.arange(n) < round(flow_share * n)
     gap = 2.0 ** -jnp.floor(u[0] * levels)  # 1, 1/2, ..., 2 / finest
+    gap = jnp.where(flows, 1.0 / finest, gap)
     t = gap * (1.0 + jnp.floor(u[1] / gap))
-    equal = jnp.arange(n) < round(equal_share * n)
-    return jnp.where(equal, u[2], t), jnp.where(equal, u[2], t - gap)
+    return t, t - gap
 
   return pairs

@@ -317,18 +317,22 @@ def test_rows_without_a_label_are_not_guided(x64):
 # Shortcuts -------------------------------------------------------------------------
 
 
+FINEST = 8
+
+
 @pytest.mark.parametrize('target', [None, 7], ids=['own', 'target'])
 def test_shortcut_regresses_a_step_on_two_half_steps_of_the_target(target, x64):
   params, batch = weights(), labelled()
   fixed = params if target is None else weights(target)
-  loss = meanflow.shortcut(MODEL, pairs=pairs)
+  loss = meanflow.shortcut(MODEL, finest=FINEST, flow_share=0.25)
 
   def found(params):
     nets = core.Nets(params, None if target is None else fixed)
     out = loss(nets, batch, jnp.int32(3), keys())
     return jnp.sum(out.loss), out
 
-  x0, (t, r) = batch.x0, pairs(None, ROWS, 3)
+  drawn = times.dyadic_times(finest=FINEST, flow_share=0.25)
+  x0, (t, r) = batch.x0, drawn(keys()['time'], ROWS, 3)
   z = jax.random.normal(keys()['noise'], x0.shape)
   x_t, half = (1 - t)[:, None] * x0 + t[:, None] * z, (t - r) / 2
 
@@ -337,7 +341,9 @@ def test_shortcut_regresses_a_step_on_two_half_steps_of_the_target(target, x64):
 
   first = u(fixed, x_t, t, half)
   second = u(fixed, x_t - half[:, None] * first, t - half, half)
-  goal = jnp.where((t == r)[:, None], z - x0, (first + second) / 2)
+  flows = t - r == 1 / FINEST
+  assert np.sum(flows) == 2  # a quarter of eight
+  goal = jnp.where(flows[:, None], z - x0, (first + second) / 2)
 
   def by_hand(params):
     loss = core.sum_features((u(params, x_t, t, t - r) - goal) ** 2)
@@ -350,6 +356,42 @@ def test_shortcut_regresses_a_step_on_two_half_steps_of_the_target(target, x64):
   assert distance_between(gradient, exact) < 1e-12
 
 
+def test_shortcut_trains_every_length_of_step_that_it_asks_its_target_for():
+  told = {'online': set(), 'target': set()}
+
+  def apply(params, x, clocks, cond, *, key=None):
+    name = 'target' if params == 1 else 'online'
+    assert (key is None) == (name == 'target')  # half steps are without dropout
+    told[name] |= set(np.asarray(clocks)[:, 1])
+    return jnp.zeros_like(x)
+
+  f = precond.two_time(core.Network(None, apply, clocks=2))
+  batch = core.Batch(jnp.zeros((256, 3)), None)  # no length is missed, 1e-37
+
+  def run(flow_share):
+    loss = meanflow.shortcut(f, finest=FINEST, flow_share=flow_share)
+    loss(core.Nets(0.0, 1.0), batch, jnp.int32(0), keys())
+
+  run(0.0)
+  asked = set(told['target'])
+  assert asked == {1 / 2, 1 / 4, 1 / FINEST}
+  run(1.0)  # whose half steps are not used
+  assert told['online'] == asked | {1.0}
+
+
+def test_levels_that_are_logged_are_finite_where_the_noise_level_is_not():
+  t = jnp.array([0.5, 80 / 81, 0.999, 1.0])
+  zeros = jnp.zeros((4, 3))
+  field = fields.conditional(LINEAR, zeros, zeros)
+  out = meanflow.half_steps(
+    MODEL, core.Nets(weights()), field, zeros, t, t / 2, None, None
+  )
+  levels = np.asarray(out.aux['t'])
+  np.testing.assert_allclose(levels[:2], [1.0, 80.0], rtol=1e-5)  # float32 of 1 - t
+  assert np.all(np.diff(levels) > 0)  # rows are ranked by it
+  assert levels[-1] < 81.01
+
+
 # What is refused -------------------------------------------------------------------
 
 TIMES = times.two_times()
@@ -359,13 +401,19 @@ def plain(params, x, t, cond, *, key=None):
   return x
 
 
-@pytest.mark.parametrize('build', [meanflow.meanflow, meanflow.shortcut])
-def test_what_is_no_two_time_model_or_pair_is_refused(build):
-  build(MODEL, pairs=TIMES)
+@pytest.mark.parametrize(
+  'build', [lambda f: meanflow.meanflow(f, pairs=TIMES), meanflow.shortcut]
+)
+def test_what_is_no_two_time_model_is_refused(build):
+  build(MODEL)
   network = core.Network(None, perceptron)
   for other in (plain, precond.edm(network), precond.trigflow(network)):
     with pytest.raises(ValueError, match='precond:two_time'):
-      build(other, pairs=TIMES)
+      build(other)
+
+
+def test_pairs_out_of_order_are_refused():
+  build = meanflow.meanflow
   with pytest.raises(ValueError, match=r'0 <= r <= t, and draws r='):
     build(MODEL, pairs=lambda key, n, step: TIMES(key, n, step)[::-1])
   with pytest.raises(ValueError, match=r'0 <= r <= t, and draws r=-0\.1'):

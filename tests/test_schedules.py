@@ -67,8 +67,14 @@ def test_inverse_root_holds_and_then_halves_each_time_the_images_are_fourfold():
   schedule = schedules.inverse_root(peak=0.2, hold_images=20, batch_size=10)
   rate = np.asarray(schedule(jnp.arange(33)))
   np.testing.assert_allclose(rate[[0, 2, 8, 32]], [0.2, 0.2, 0.1, 0.05], **F32)
-  with pytest.raises(ValueError, match='hold_images=0 >= 1'):
-    schedules.inverse_root(peak=0.2, hold_images=0, batch_size=10)
+
+
+def test_inverse_root_ramps_up_beside_its_decay():
+  recipe = dict(peak=0.2, hold_images=20, batch_size=10)
+  plain = schedules.inverse_root(**recipe)(jnp.arange(33))
+  ramped = schedules.inverse_root(**recipe, rampup_images=80)(jnp.arange(33))
+  share = np.minimum(np.arange(33) / 8, 1)
+  np.testing.assert_allclose(ramped, share * np.asarray(plain), **F32)
 
 
 def test_cosine_rises_to_the_peak_and_falls_to_zero_at_the_end():
@@ -360,7 +366,7 @@ def test_a_stage_starts_at_the_peak_and_falls_linearly_to_zero():
   ],
 )
 def test_stages_without_a_step_are_refused(schedule, values):
-  with pytest.raises(ValueError, match='needs'):
+  with pytest.raises(ValueError, match=r'start must|stage_images'):
     schedule(**values, batch_size=10)
 
 
@@ -374,16 +380,11 @@ def test_more_stages_than_steps_are_refused():
   ('schedule', 'values'),
   [
     (schedules.doubling_bins, dict(start=3, end=2, total_images=10)),
-    (schedules.doubling_bins, dict(start=0, end=2, total_images=10)),
-    (schedules.shrinking_gap, dict(q=1.0, stage_images=10)),
-    (schedules.shrinking_gap, dict(q=2.0, stage_images=0)),
-    (schedules.half_life, dict(half_life_images=0)),
-    (schedules.half_life, dict(half_life_images=10, rampup_ratio=-0.1)),
     (schedules.adaptive_bins, dict(start=3, end=2, total_images=10)),
   ],
 )
-def test_values_that_would_train_nothing_are_refused(schedule, values):
-  with pytest.raises(ValueError, match='needs'):
+def test_bins_that_end_before_they_start_are_refused(schedule, values):
+  with pytest.raises(ValueError, match='needs start <= end'):
     schedule(**values, batch_size=1)
 
 

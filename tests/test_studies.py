@@ -99,7 +99,7 @@ def test_gradient_noise_separates_what_is_known():
   def loss(nets, batch, step, keys):
     t = jnp.where(jnp.arange(len(batch.x0)) % 2 == 0, 0.01, 10.0)
     signal = jnp.where(t < 1, 3.0, 0.0)
-    noise = jnp.where(step % 2 == 0, 1.0, -1.0)
+    noise = batch.x0[:, 0]
     return core.LossOut((signal + noise) * nets.online[0], {'t': t})
 
   study = studies.gradient_noise(
@@ -107,7 +107,7 @@ def test_gradient_noise_separates_what_is_known():
       still,
       params=jnp.ones(1),
       loss=loss,
-      batch=lambda step: core.Batch(jnp.zeros((8, 2)), None),
+      batch=lambda step: core.Batch(jnp.full((8, 2), (-1.0) ** step), None),
     ),
     bins=4,
     batches=64,
@@ -117,6 +117,54 @@ def test_gradient_noise_separates_what_is_known():
   np.testing.assert_allclose(column(study, 'noise'), 0.5, rtol=0.02)  # half the batch
   np.testing.assert_allclose(column(study, 'signal'), [1.5, 0.0], atol=1e-2)
   np.testing.assert_allclose(column(study, 't'), [0.01, 10.0], rtol=1e-3)
+
+
+def a_loss_of(value):
+  """A loss whose gradient is value(step, key), the same for every batch."""
+
+  def loss(nets, batch, step, keys):
+    t = jnp.ones(len(batch.x0))
+    return core.LossOut(t * value(nets, step, keys) * nets.online[0], {'t': t})
+
+  return loss
+
+
+def test_gradient_noise_is_of_the_step_that_was_trained_and_its_target():
+  drawn = []
+
+  def batch(step):
+    drawn.append(step)
+    return core.Batch(jnp.zeros((8, 2)), None)
+
+  about = subject(
+    still,
+    params=jnp.ones(1),
+    loss=a_loss_of(lambda nets, step, keys: step * nets.target[0]),
+    batch=batch,
+    step=700,
+  )
+  about = about._replace(nets=about.nets._replace(target=jnp.full(1, 3.0)))
+  study = studies.gradient_noise(about, bins=1, batches=3)
+  np.testing.assert_allclose(column(study, 'signal'), 2100.0, rtol=1e-6)  # float32
+  np.testing.assert_allclose(column(study, 'noise'), 0.0, atol=1e-3)
+  assert drawn == [700, 701, 702]
+
+
+def test_batches_of_gradient_noise_have_random_numbers_of_their_own():
+  about = subject(
+    still,
+    params=jnp.ones(1),
+    loss=a_loss_of(lambda nets, step, keys: jax.random.normal(keys['noise'])),
+    batch=lambda step: core.Batch(jnp.zeros((8, 2)), None),
+  )
+  study = studies.gradient_noise(about, bins=1, batches=64)
+  # The deviation of a normal from 64 draws: 9 per cent.
+  np.testing.assert_allclose(column(study, 'noise'), 1.0, rtol=0.35)
+
+
+def test_one_batch_has_no_noise_to_measure():
+  with pytest.raises(ValueError, match=r'batches must be .* from 2 to'):
+    studies.gradient_noise(subject(still), batches=1)
 
 
 @pytest.fixture(scope='module')
@@ -144,9 +192,11 @@ def test_the_jvp_is_exact_and_differences_are_not(network):
   study = studies.jvp_precision(
     subject(build('float32'), params=params, in_dtype=build), steps=(1e-2, 1e-4)
   )
-  jvp, wide, narrow = column(study, 'float32')
+  wide, narrow = column(study, 'float32')
+  jvp = study.rows[0]['float32_jvp']
   assert jvp < 1e-5 < min(wide, narrow)  # rounding only, against h^2 and rounding / h
-  assert jvp < column(study, 'bfloat16')[0] < 0.3
+  assert jvp < study.rows[0]['bfloat16_jvp'] < 0.3
+  np.testing.assert_array_equal(column(study, 'float32_jvp'), [jvp, jvp])
 
 
 def test_discrete_gradients_go_to_their_limits(network):
@@ -166,6 +216,41 @@ def test_what_a_study_lacks_is_said():
     studies.gradient_noise(subject(still))
   with pytest.raises(ValueError, match='dtype'):
     studies.jvp_precision(subject(still))
+
+
+def test_every_study_explains_its_columns_in_their_order(network):
+  build, params = network
+  about = subject(
+    build('float32'),
+    params=params,
+    in_dtype=build,
+    loss=lambda nets, batch, step, keys: core.LossOut(
+      batch.x0[:, 0] * jax.tree.leaves(nets.online)[0][0], {'t': jnp.ones(8)}
+    ),
+    batch=lambda step: core.Batch(jnp.full((8, 2), 1.0 * step), None),
+  )
+  few = dict(samples=4)
+  levels = few | dict(count=2)
+  found = {
+    'map_error': studies.map_error(about, oracle=GAUSSIAN, **levels),
+    'tangents': studies.tangents(about, draws=2, **levels),
+    'normalised_bias': studies.normalised_bias(about, draws=2, **levels),
+    'gradient_noise': studies.gradient_noise(about, batches=2),
+    'jvp_precision': studies.jvp_precision(about, **few),
+    'discrete_limit': studies.discrete_limit(about, points=(4, 8), **few),
+  }
+  written = {
+    name
+    for name, value in vars(studies).items()
+    if getattr(value, '__annotations__', {}).get('return') is studies.Study
+  }
+  assert {name for name in written if name[0] != '_'} == set(found)
+  for name, study in found.items():
+    assert {study.x, *study.ys} <= set(study.columns), name
+    for row in study.rows:
+      assert list(row) == list(study.columns), name
+  assert [row['N'] for row in found['discrete_limit'].rows] == [4, 8]
+  assert all(isinstance(row['N'], int) for row in found['discrete_limit'].rows)
 
 
 def test_points_and_images_of_as_many_features_are_the_same():

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from cmjax import checks
 from cmjax.core import (
   Array,
   Batch,
@@ -143,6 +144,8 @@ def _at_times(
 
 
 def _teacher_flow(teacher, guidance):
+  checks.finite(guidance=guidance)
+
   def field_of(nets, batch, z):
     return probability_flow(
       VE, teacher_denoiser(teacher, nets.teacher, batch.cond, guidance)

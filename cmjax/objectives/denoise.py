@@ -35,7 +35,8 @@ def edm(
   A share `label_dropout` of the labels is dropped, for a teacher that is to be guided.
   For a `precond.trigflow` it is the TrigFlow diffusion loss, up to sigma_data^2.
 
-  Raises: ValueError for a share outside [0, 1), or above zero without labels.
+  Raises: ValueError for a share outside [0, 1), or above zero without labels; unless
+    sigma_data > 0.
 
   Source: Karras et al. 2022 (EDM), table 1; the sum over pixels as in NVlabs/edm.
   """

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
+from cmjax import checks
 from cmjax.core import (
   Array,
   Batch,
@@ -32,7 +33,14 @@ from cmjax.fields import (
 )
 from cmjax.process import VE, point
 from cmjax.solvers import by_name, euler
-from cmjax.times import Pairs, Times, check_pairs, ect_pairs, lognormal_pairs
+from cmjax.times import (
+  Pairs,
+  Times,
+  check_edges,
+  check_pairs,
+  ect_pairs,
+  lognormal_pairs,
+)
 
 FieldOf = Callable[[Nets, Batch, Array], Field]  # (nets, batch, z) -> field
 
@@ -188,6 +196,7 @@ def cd(
 
   Source: Song et al. 2023, algorithm 2, and section 6 for Heun.
   """
+  checks.finite(guidance=guidance)
 
   def teacher_flow(nets, batch, z):
     return probability_flow(
@@ -227,10 +236,9 @@ def stable_ct(
   Source: Wang et al. 2024 (Stable Consistency Tuning), sections 4.1 to 4.4; their
     equations are not public, the estimator is that of Xu et al. 2023 (STF), eq. (6).
   """
-  if list(edges) != sorted(set(edges)) or (edges and edges[0] <= 0):
-    raise ValueError(f'edges must ascend from above zero, got {tuple(edges)}')
-  if threshold < 0 or block < 1:
-    raise ValueError(f'needs {threshold=} >= 0 and {block=} >= 1')
+  check_edges(edges)
+  checks.not_negative(threshold=threshold)
+  checks.whole(1, block=block)
 
   def stable_flow(nets, batch, z):
     if nets.reference is None:

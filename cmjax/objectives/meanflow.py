@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from cmjax import checks
 from cmjax.core import (
   Array,
   Field,
@@ -18,7 +19,7 @@ from cmjax.core import (
 from cmjax.fields import conditional, own_velocity
 from cmjax.precond import TwoTime
 from cmjax.process import LINEAR, point
-from cmjax.times import Pairs, check_pairs
+from cmjax.times import Pairs, check_pairs, dyadic_times
 
 
 def mean_velocity(
@@ -61,36 +62,41 @@ def half_steps(
   r: Array,
   cond: Array | None,
   key: Key | None,
+  *,
+  shortest: float = 0.0,
 ) -> LossOut:
-  """One step from t to r must equal two of half its length; flow matching at r = t.
+  """One step from t to r must equal two of half its length, without dropout.
 
-  x_t f32[B, ...], 0 <= r <= t <= 1 f32[B].
+  Where t - r <= `shortest` it is flow matching: no half steps shorter than that are
+  asked for. x_t f32[B, ...], 0 <= r <= t <= 1 f32[B].
 
-  Source: Frans et al. 2024 (shortcut models), eq. (5).
+  Source: Frans et al. 2024 (shortcut models), eq. (5); kvfrans/shortcut-models.
+  Differs: half steps and targets are not clipped to [-4, 4].
   """
 
-  def average(params, x, t, r):
-    return f.average_velocity(params, x, t, r, cond, key=key)
+  def half(x, t, r):
+    return f.average_velocity(nets.fixed(), x, t, r, cond)
 
   middle = (t + r) / 2
-  first = average(nets.fixed(), x_t, t, middle)
-  x_middle = x_t - expand(t - middle, x_t) * first
-  second = average(nets.fixed(), x_middle, middle, r)
-  target = jnp.where(expand(r < t, x_t), (first + second) / 2, field(x_t, t))
-  return _regress(average(nets.online, x_t, t, r), target, t, r, 0.0, 1.0)
+  first = half(x_t, t, middle)
+  second = half(x_t - expand(t - middle, x_t) * first, middle, r)
+  flows = expand(t - r <= shortest, x_t)
+  target = jnp.where(flows, field(x_t, t), (first + second) / 2)
+  u = f.average_velocity(nets.online, x_t, t, r, cond, key=key)
+  return _regress(u, target, t, r, 0.0, 1.0)
 
 
 def _regress(u, target, t, r, power, c) -> LossOut:
   squared = sum_features((u - jax.lax.stop_gradient(target)) ** 2)
   loss = squared / jax.lax.stop_gradient(squared + c) ** power
-  level = LINEAR.sigma(t) / jnp.maximum(LINEAR.alpha(t), jnp.finfo(t.dtype).eps)
+  # The noise level, 80 at t = 80 / 81; from there to 81, where it is infinite at t = 1.
+  level = LINEAR.sigma(t) / jnp.maximum(LINEAR.alpha(t), 1 / 81)
   return LossOut(loss, {'t': level, 'gap': t - r, 'squared': squared})
 
 
-def _two_time(f: Model, pairs: Pairs) -> None:
+def _check_model(f: Model) -> None:
   if not isinstance(f, TwoTime):
     raise ValueError('needs config.precond.fn=cmjax.precond:two_time')
-  check_pairs(pairs, equal=True)
 
 
 def meanflow(
@@ -111,12 +117,17 @@ def meanflow(
   own velocity in the derivative, which has less variance.
 
   Raises: ValueError unless f is a `precond.two_time` and pairs have r <= t; for a label
-    dropout outside [0, 1); for guidance without labels or without label dropout.
+    dropout outside [0, 1); for guidance without labels or without label dropout; unless
+    power >= 0 and c > 0.
 
   Source: Geng et al. 2025 (MeanFlow), algorithm 1 and eq. (17) with kappa = 0;
     `own_tangent`: Geng et al. 2025 (improved MeanFlow).
   """
-  _two_time(f, pairs)
+  _check_model(f)
+  check_pairs(pairs, equal=True)
+  checks.not_negative(power=power)
+  checks.positive(c=c)
+  checks.finite(guidance=guidance)
   if not 0 <= label_dropout < 1:
     raise ValueError(f'needs label_dropout in [0, 1), got {label_dropout}')
   if guidance != 1.0 and label_dropout == 0:
@@ -156,15 +167,21 @@ def meanflow(
   return loss
 
 
-def shortcut(f: Model, *, pairs: Pairs) -> Loss:
+def shortcut(f: Model, *, finest: int = 128, flow_share: float = 0.75) -> Loss:
   """Shortcut models: two half steps of the target network teach one whole step.
 
-  Raises: ValueError unless f is a `precond.two_time` and pairs have r <= t.
+  The shortest step, 1 / `finest`, is learnt by flow matching, from `flow_share` of the
+  rows; those of twice, four times, ... its length from two steps of half their length.
 
-  Source: Frans et al. 2024 (shortcut models), section 3.
+  Raises: ValueError unless f is a `precond.two_time`, `finest` is a power of two from 2
+    to 65,536 and the share in [0, 1].
+
+  Source: Frans et al. 2024 (shortcut models), section 3; the length that flow matching
+    is told: kvfrans/shortcut-models.
   Differs: the network is told t - r, not its logarithm.
   """
-  _two_time(f, pairs)
+  _check_model(f)
+  pairs = dyadic_times(finest=finest, flow_share=flow_share)
 
   def loss(nets, batch, step, keys):
     t, r = pairs(keys['time'], len(batch.x0), step)
@@ -178,6 +195,7 @@ def shortcut(f: Model, *, pairs: Pairs) -> Loss:
       r,
       batch.cond,
       keys['dropout'],
+      shortest=1.0 / finest,
     )
 
   return loss

@@ -8,7 +8,7 @@ from cmjax.distances import Distance, Weighting
 from cmjax.fields import probability_flow
 from cmjax.process import VE, data_of_velocity, point
 from cmjax.solvers import euler
-from cmjax.times import karras_at
+from cmjax.times import check_grid, karras_at
 
 
 def two_for_one(
@@ -55,11 +55,13 @@ def pd(
   `schedules:copy_at_stages`, of the same stages as `steps`, and start from a diffusion
   model by `config.init_from`. f is a denoiser; sample it with `samplers.ode`, by Euler.
 
-  Raises: ValueError without a target network.
+  Raises: ValueError unless 0 < sigma_min < sigma_max and rho > 0, or without a target
+    network.
 
   Source: Salimans & Ho 2022, algorithm 2.
   Differs: the optimiser's state is kept from stage to stage.
   """
+  check_grid(sigma_min, sigma_max, rho)
   grid = dict(sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
 
   def loss(nets, batch, step, keys):

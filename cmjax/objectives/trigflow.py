@@ -9,6 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from cmjax import checks
 from cmjax.core import (
   Array,
   Batch,
@@ -91,8 +92,7 @@ def _at_angles(
 ) -> Loss:
   if not isinstance(f, TrigFlow):
     raise ValueError('needs config.precond.fn=cmjax.precond:trigflow')
-  if normaliser <= 0:
-    raise ValueError(f'needs {normaliser=} > 0')
+  checks.positive(normaliser=normaliser)
 
   def loss(nets, batch, step, keys):
     levels = times(keys['time'], len(batch.x0))
@@ -146,6 +146,7 @@ def scd(
 
   Source: Lu & Song 2024 (sCM), algorithm 1 (sCD).
   """
+  checks.finite(guidance=guidance)
 
   def teacher_flow(f, nets, batch, z):
     return probability_flow(
