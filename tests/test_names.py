@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from cmjax import pretrained
+from cmjax import build, pretrained
 from cmjax.core import UserError
+from cmjax.networks import mlp
 from tests import foreign, recipe
 from tests.conftest import ROOT
 
@@ -153,7 +154,7 @@ def test_a_checkpoint_goes_to_ours_and_to_safetensors_and_back_bit_for_bit(
 
 def test_edm2_brings_its_uncertainty(tmp_path, one_device):
   model = pretrained.load(write(tmp_path, 'edm2'), mesh=one_device)
-  network = pretrained.configs.build(model.config.network, 'network')
+  network = build.build(model.config.network, 'network')
   sigma = recipe.inputs(16, 3, 5)[1]
   u = -network.log_weight(model.params, np.log(sigma) / 4)
   np.testing.assert_allclose(u, golden('edm2')['log_variance'], rtol=1e-5)
@@ -225,12 +226,12 @@ def test_what_a_student_does_not_take_from_a_released_file_is_said(
   path = write(tmp_path, 'ddpmpp')
   model = pretrained.load(path, mesh=one_device)
   part = model.config.network.to_dict() | dict(augment=0, log_weight=True)
-  network = pretrained.configs.build(pretrained.configs.ConfigDict(part), 'network')
+  network = build.build(pretrained.configs.ConfigDict(part), 'network')
   like = pretrained.abstract_params(network, (16, 16, 3), 5, one_device)
   said = []
   params, own = pretrained.load_weights(path, like, said.append)
-  assert said == [f'{path}: not used here: model.map_augment.weight']
-  assert own == model.config
+  assert said == [f"{path}: tensors that are not used: 'model.map_augment.weight'"]
+  assert (own.network, own.precond) == (model.config.network, model.config.precond)
   assert not np.any(params.pop('log_weight'))
   known = {k: v for k, v in model.params.items() if k != 'map_augment'}
   assert jax.tree.structure(params) == jax.tree.structure(known)
@@ -259,6 +260,13 @@ def test_a_name_that_does_not_say_the_form_is_refused(tmp_path, one_device):
     (dict(model_type='Transformer'), "model_type='Transformer', which is not here"),
     (dict(channel_mult_emb=2), 'channel_mult_emb=2, which is not here'),
     (dict(sparkle=3), 'sparkle=3, which is not known here'),
+    (dict(sparkle='a' * 10**5), "sparkle='a{30,50}....*, which is not known here"),
+    (dict(model_channels='16'), "model_channels='16', which is not here"),
+    (dict(channel_mult=[1, 2.5]), r'channel_mult=\(1, 2.5\), which is not here'),
+    (dict(sigma_data=float('nan')), 'sigma_data=nan, which is not here'),
+    (dict(img_resolution=10**9), 'the shape must be 1 or 3 whole numbers'),
+    (dict(label_dim=-1), 'the number of classes must be in'),
+    (dict(num_blocks=10**8), 'config.network: blocks must be a whole number in'),
   ],
 )
 def test_a_network_that_is_not_here_is_named(arguments, told, tmp_path):
@@ -267,10 +275,36 @@ def test_a_network_that_is_not_here_is_named(arguments, told, tmp_path):
   assert '\n' not in str(error.value)
 
 
+@pytest.mark.parametrize('shape', [(), (7,), (7, 2), (2, 7, 1, 1, 1)])
+@pytest.mark.parametrize(
+  ('family', 'qkv'),
+  [
+    ('ddpmpp', 'model.enc.8x8_block0.qkv.weight'),
+    ('cd_imagenet', 'middle_block.1.qkv.weight'),
+    ('ct_ve', 'AttnBlockpp_0/NIN_0/W'),
+  ],
+)
+def test_attention_of_another_layout_is_named(family, qkv, shape, tmp_path):
+  tensors = made(family)
+  assert qkv in tensors
+  odd = np.zeros(shape, np.float32)
+  with pytest.raises(UserError, match=r'another network|do not join') as error:
+    pretrained.load(write(tmp_path, family, tensors | {qkv: odd}))
+  assert '\n' not in str(error.value)
+
+
+def test_a_student_of_another_network_is_refused(tmp_path, one_device):
+  path = write(tmp_path, 'cd_imagenet')
+  student = mlp.mlp(width=8, blocks=1, embedding=8)
+  like = pretrained.abstract_params(student, (8, 8, 3), 0, one_device)
+  with pytest.raises(UserError, match=r'has no parameter .*; another network'):
+    pretrained.load_weights(path, like)
+
+
 def test_other_files_say_what_they_hold(tmp_path):
   path = tmp_path / 'cd.pt'
   path.write_bytes(foreign.torch_zip({'weight': np.zeros(2, np.float32)}))
-  with pytest.raises(UserError, match=r'not a checkpoint of EDM.*it holds weight'):
+  with pytest.raises(UserError, match=r"not a checkpoint of EDM.*it holds 'weight'"):
     pretrained.load(path)
   baseline = pickled(made('ddpmpp'), 'VPPrecond', {})
   path.write_bytes(baseline)

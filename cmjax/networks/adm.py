@@ -135,10 +135,17 @@ def adm(
     channels=channels,
     channel_mult=channel_mult,
     blocks=blocks,
-    dropout=dropout,
-    dtype=dtype,
+    attention=attention,
     attend=attend,
+    remat=remat,
+    dropout=dropout,
+    noise_scale=noise_scale,
+    clocks=clocks,
+    log_weight=log_weight,
+    dtype=dtype,
   )
+  layers.check_whole('head_channels', head_channels)
+  layers.check_choice('film', film, (False, True))
   if channels % head_channels and head_channels % channels:
     raise ValueError(f'needs channels a multiple of {head_channels=}, got {channels}')
   style = layers.Style(

@@ -266,13 +266,22 @@ def edm2(
     channels=channels,
     channel_mult=channel_mult,
     blocks=blocks,
-    dropout=dropout,
-    dtype=dtype,
+    attention=attention,
     attend=attend,
+    remat=remat,
+    dropout=dropout,
+    noise_scale=noise_scale,
+    clocks=clocks,
+    log_weight=log_weight,
+    dtype=dtype,
   )
+  layers.check_whole('head_channels', head_channels)
+  layers.check_whole('dropout_resolution', dropout_resolution, least=0)
+  layers.check_real('balance', balance, 0, 1)
+  layers.check_real('clip', clip, 0, 1e9)
   if channels % head_channels and head_channels % channels:
     raise ValueError(f'needs channels a multiple of {head_channels=}, got {channels}')
-  if not 0 < balance < 1 or clip <= 0:
+  if not balance or not clip:
     raise ValueError(f'needs {balance=} in (0, 1) and {clip=} > 0')
   return layers.as_network(
     _Edm2(

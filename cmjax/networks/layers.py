@@ -1,7 +1,8 @@
 """Layers and the one way in which a linen module becomes a `Network`."""
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+import reprlib
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -11,6 +12,12 @@ import numpy as np
 from cmjax.core import LOG_WEIGHT, Array, Key, Network, Params
 
 DTYPES = ('float32', 'bfloat16', 'float16', 'float64')
+
+# Far beyond any network that was trained, but built in seconds: a config may come with
+# weights from a stranger.
+MOST_WIDTH = 2**16  # channels of a level, or features of a layer
+MOST_BLOCKS = 256  # of a network on its way down, over all levels
+MOST_LEVELS = 16
 
 
 class Series(NamedTuple):
@@ -65,18 +72,62 @@ def as_network(
   return Network(init, apply, clocks, weigh if log_weight else None)
 
 
-def check(*, dropout: float, dtype: str, **sizes: int) -> None:
-  """Refuses what would build a network that cannot work.
+def check_whole(name: str, value: Any, least: int = 1, most: int = MOST_WIDTH) -> None:
+  """Raises ValueError unless a setting is a whole number in [least, most]."""
+  if not _is_whole(value, least, most):
+    raise _wrong(name, f'a whole number in [{least}, {most}]', value)
 
-  Raises: ValueError for a size below 1, dropout outside [0, 1), or an unknown dtype.
+
+def check_wholes(name: str, value: Any, length: int, least: int, most: int) -> None:
+  """Raises ValueError unless a setting is a tuple of at most `length` such numbers."""
+  known = isinstance(value, tuple | list) and len(value) <= length
+  if not known or not all(_is_whole(part, least, most) for part in value):
+    wanted = f'a tuple of at most {length} whole numbers in [{least}, {most}]'
+    raise _wrong(name, wanted, value)
+
+
+def check_real(name: str, value: Any, least: float, most: float) -> None:
+  """Raises ValueError unless a setting is a number in [least, most)."""
+  known = isinstance(value, int | float | np.integer | np.floating)
+  if not known or isinstance(value, bool) or not least <= value < most:
+    raise _wrong(name, f'a number in [{least:g}, {most:g})', value)
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+  """Raises ValueError unless a setting is one of the choices."""
+  if not isinstance(value, str | bool) or value not in choices:
+    raise _wrong(name, f'one of {", ".join(map(str, choices))}', value)
+
+
+def _is_whole(value: Any, least: int, most: int) -> bool:
+  whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+  return whole and least <= value <= most
+
+
+def _wrong(name: str, wanted: str, value: Any) -> ValueError:
+  got = ' '.join(reprlib.repr(value).split())[:80]
+  return ValueError(f'{name} must be {wanted}, got {got}')
+
+
+def check(
+  *,
+  blocks: int,
+  dropout: float,
+  noise_scale: float,
+  clocks: int,
+  log_weight: bool,
+  dtype: str,
+) -> None:
+  """Refuses settings that cannot build a network, or not in a reasonable time.
+
+  Raises: ValueError naming the first that is out of range or of another type.
   """
-  for name, size in sizes.items():
-    if size < 1:
-      raise ValueError(f'{name} must be at least 1, got {size}')
-  if not 0 <= dropout < 1:
-    raise ValueError(f'dropout must be in [0, 1), got {dropout}')
-  if dtype not in DTYPES:
-    raise ValueError(f'dtype must be one of {", ".join(DTYPES)}, got {dtype!r}')
+  check_whole('blocks', blocks, most=MOST_BLOCKS)
+  check_real('dropout', dropout, 0, 1)
+  check_real('noise_scale', noise_scale, -1e9, 1e9)
+  check_whole('clocks', clocks, most=16)
+  check_choice('log_weight', log_weight, (False, True))
+  check_choice('dtype', dtype, DTYPES)
 
 
 def refuse_missing_labels(
@@ -159,12 +210,6 @@ ATTENTION = {
   'chunked': chunked_attention,
   'fused': jax.nn.dot_product_attention,
 }
-
-
-def check_attend(attend: str) -> None:
-  """Raises ValueError for a kind of attention that does not exist."""
-  if attend not in ATTENTION:
-    raise ValueError(f'attend must be one of {", ".join(ATTENTION)}, got {attend!r}')
 
 
 def split_heads(qkv: Array, heads: int) -> Array:
@@ -261,14 +306,22 @@ def check_unet(
   channels: int,
   channel_mult: tuple[int, ...],
   blocks: int,
-  dropout: float,
-  dtype: str,
+  attention: tuple[int, ...],
   attend: str,
+  remat: bool,
+  **others: Any,
 ) -> None:
-  """Raises ValueError for sizes, rates or names that cannot build a U-Net."""
-  mults = {f'channel_mult[{i}]': mult for i, mult in enumerate(channel_mult)}
-  check(channels=channels, blocks=blocks, **mults, dropout=dropout, dtype=dtype)
-  check_attend(attend)
+  """Raises ValueError for settings, of `check` too, that cannot build a U-Net."""
+  check(blocks=blocks, **others)
+  check_whole('channels', channels)
+  check_wholes('channel_mult', channel_mult, MOST_LEVELS, 1, MOST_WIDTH // channels)
+  check_wholes('attention', attention, 64, 1, MOST_WIDTH)
+  check_choice('attend', attend, tuple(ATTENTION))
+  check_choice('remat', remat, (False, True))
+  if blocks * len(channel_mult) > MOST_BLOCKS:
+    raise ValueError(
+      f'{blocks=} of each of {len(channel_mult)} levels are more than {MOST_BLOCKS}'
+    )
   if not channel_mult or channels % 8:
     raise ValueError(
       f'needs a channel_mult and channels a multiple of 8, got {channel_mult=}, '

@@ -80,7 +80,16 @@ def mlp(
 
   Source: cmjax choice; adaptive normalisation after Peebles & Xie 2023, section 3.2.
   """
-  layers.check(width=width, blocks=blocks, dropout=dropout, dtype=dtype)
+  layers.check(
+    blocks=blocks,
+    dropout=dropout,
+    noise_scale=noise_scale,
+    clocks=clocks,
+    log_weight=log_weight,
+    dtype=dtype,
+  )
+  layers.check_whole('width', width)
+  layers.check_whole('embedding', embedding)
   if embedding < 4 or embedding % 2:
     raise ValueError(f'embedding must be even and at least 4, got {embedding}')
   return layers.as_network(

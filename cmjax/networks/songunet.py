@@ -194,14 +194,21 @@ def songunet(
     channels=channels,
     channel_mult=channel_mult,
     blocks=blocks,
-    dropout=dropout,
-    dtype=dtype,
+    attention=attention,
     attend=attend,
+    remat=remat,
+    dropout=dropout,
+    noise_scale=noise_scale,
+    clocks=clocks,
+    log_weight=log_weight,
+    dtype=dtype,
   )
-  if embedding not in ('positional', 'fourier'):
-    raise ValueError(f"embedding must be 'positional' or 'fourier', got {embedding!r}")
-  if len(taps) % 2 or not taps or augment < 0:
-    raise ValueError(f'needs an even number of taps and {augment=} >= 0, got {taps=}')
+  layers.check_choice('embedding', embedding, ('positional', 'fourier'))
+  layers.check_choice('residual_input', residual_input, (False, True))
+  layers.check_wholes('taps', taps, 64, 0, 2**16)
+  layers.check_whole('augment', augment, 0, 2**10)
+  if len(taps) % 2 or not any(taps):
+    raise ValueError(f'needs an even number of taps, not all of them 0; got {taps=}')
   style = layers.Style(
     epsilon=1e-6,
     skip_scale=0.5**0.5,

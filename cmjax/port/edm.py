@@ -46,13 +46,12 @@ def _find(prefix: str, adm: bool) -> names.Find:
 
 def plan(module: Module, path: str | Path) -> names.Plan:
   """A network of one of the three, as its pickle says it was made."""
-  said = _Arguments(module.arguments, f'{path}: its {module.class_name}')
   if module.class_name not in _FORMS:
-    raise UserError(
-      f'{path}: holds a {module.class_name or "module without a class"}; known are '
-      f'{", ".join(_FORMS)}'
-    )
-  size, channels = said.take('img_resolution'), said.take('img_channels')
+    known = ', '.join(_FORMS)
+    name = names.shown(module.class_name).strip("'") or 'module without a class'
+    raise UserError(f'{path}: holds a {name}; known are {known}')
+  said = _Arguments(module.arguments, f'{path}: its {module.class_name}')
+  size, channels = said.take('img_resolution', 0), said.take('img_channels', 0)
   precond = {
     'fn': f'cmjax.precond:{_FORMS[module.class_name]}',
     'sigma_data': float(said.take('sigma_data', 0.5)),
@@ -74,8 +73,8 @@ def plan(module: Module, path: str | Path) -> names.Plan:
     origin=origin,
     network=network,
     precond=precond,
-    shape=(size, size, channels),
-    classes=classes,
+    shape=names.shape_of((size, size, channels), str(path)),
+    classes=names.classes_of(classes, str(path)),
     tensors=dict(module.tensors),
     find=_find(prefix, network['fn'].endswith(':adm')),
     computed=r'\.resample_filter$',
@@ -89,19 +88,34 @@ class _Arguments:
     self._left = dict(arguments)
     self._where = where
 
-  def take(self, name: str, default: Any = None, among: Any = None) -> Any:
-    if default is None and name not in self._left:
-      raise UserError(f'{self._where} does not say {name}')
+  def take(self, name: str, default: Any, among: Any = None) -> Any:
+    """The argument, which has the type of its default, or is among those given."""
     value = self._left.pop(name, default)
     value = tuple(value) if isinstance(value, list) else value
-    if among is not None and value not in among:
-      raise UserError(f'{self._where} has {name}={value!r}, which is not here')
+    alike = _is_alike(value, default) or (value is None and None in (among or ()))
+    if not alike or (among is not None and value not in among):
+      raise UserError(
+        f'{self._where} has {name}={names.shown(value)}, which is not here'
+      )
     return value
 
   def check_all_taken(self) -> None:
     for name in sorted(set(self._left) - _IDLE):
-      value = self._left[name]
-      raise UserError(f'{self._where} has {name}={value!r}, which is not known here')
+      value = names.shown(self._left[name])
+      raise UserError(
+        f'{self._where} has {names.shown(name)[1:-1]}={value}, which is not known here'
+      )
+
+
+def _is_alike(value: Any, default: Any) -> bool:
+  """Whether a value has the default's type, and is of a size to be compared."""
+  if type(default) is tuple:
+    return (
+      type(value) is tuple and len(value) <= 64 and all(type(n) is int for n in value)
+    )
+  if type(default) is float:
+    return type(value) in (int, float) and abs(value) < 1e9
+  return type(value) is type(default)
 
 
 def _song_network(said: _Arguments) -> dict[str, Any]:
@@ -138,7 +152,7 @@ def _adm_network(said: _Arguments) -> dict[str, Any]:
 
 
 def _edm2_network(said: _Arguments) -> dict[str, Any]:
-  mults = said.take('channel_mult', (1, 2, 3, 4))
+  mults = said.take('channel_mult', (1, 2, 3, 4)) or (0,)
   said.take('channel_mult_noise', mults[0], among=(None, mults[0]))
   said.take('channel_mult_emb', max(mults), among=(None, max(mults)))
   said.take('label_balance', 0.5, among=(0.5,))
@@ -155,6 +169,6 @@ def _edm2_network(said: _Arguments) -> dict[str, Any]:
     attention=said.take('attn_resolutions', (16, 8)),
     head_channels=said.take('channels_per_head', 64),
     balance=balance,
-    clip=float(said.take('clip_act', 256)),
+    clip=float(said.take('clip_act', 256.0)),
     noise_scale=1.0,
   )

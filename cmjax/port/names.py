@@ -7,6 +7,7 @@ or is left over is told by name.
 from collections.abc import Callable, Mapping
 from pathlib import Path
 import re
+import reprlib
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,43 @@ Address = tuple[str, ...]  # of one of our parameters: ('enc_32x32_conv', 'kerne
 Tensors = dict[str, np.ndarray]
 Layout = Callable[[np.ndarray], np.ndarray]
 Find = Callable[[Address], tuple[str, Layout]]  # a parameter here -> its name there
+
+
+MOST_PIXELS = 2**14  # on a side of an image, and features of a point
+MOST_CLASSES = 10**6
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+
+
+def shown(value: Any) -> str:
+  """A value out of a file as an error repeats it: in one short line."""
+  return ' '.join(_SHORT.repr(value).split())[:120]
+
+
+def shape_of(value: Any, where: str) -> tuple[int, ...]:
+  """The shape of one example, [H, W, C] or [C].
+
+  Raises: UserError unless it is one or three whole numbers of a size that images have.
+  """
+  known = isinstance(value, list | tuple) and len(value) in (1, 3)
+  if not known or not all(type(n) is int and 0 < n <= MOST_PIXELS for n in value):
+    raise UserError(
+      f'{where}: the shape must be 1 or 3 whole numbers in [1, {MOST_PIXELS}], got '
+      f'{shown(value)}'
+    )
+  return tuple(value)
+
+
+def classes_of(value: Any, where: str) -> int:
+  """The number of labels; raises UserError unless it is a whole number in range."""
+  if type(value) is not int or not 0 <= value <= MOST_CLASSES:
+    raise UserError(
+      f'{where}: the number of classes must be in [0, {MOST_CLASSES}], got '
+      f'{shown(value)}'
+    )
+  return value
 
 
 class Plan(NamedTuple):
@@ -44,14 +82,21 @@ def assemble(plan: Plan, like: Params, path: str | Path) -> tuple[Params, list[s
   def walk(tree, address):
     if isinstance(tree, Mapping):
       return {key: walk(tree[key], (*address, key)) for key in tree}
-    name, layout = plan.find(address)
     ours = '/'.join(address)
+    try:
+      name, layout = plan.find(address)
+    except (KeyError, ValueError) as error:
+      raise UserError(f'{path} has no parameter {ours}; another network?') from error
     if name not in plan.tensors:
       raise UserError(f'{path} has no {name}, which parameter {ours} needs')
-    found = layout(plan.tensors.pop(name))
+    theirs = plan.tensors.pop(name)
+    try:
+      found = layout(theirs)
+    except ValueError:  # of another number of axes, or not in thirds
+      found = theirs
     if found.shape != tree.shape:
       raise UserError(
-        f'{path}: {name} has shape {found.shape} where parameter {ours} needs '
+        f'{path}: {name} has shape {shown(found.shape)} where parameter {ours} needs '
         f'{tree.shape}; it is of another network'
       )
     found = np.asarray(found, tree.dtype, order='C')

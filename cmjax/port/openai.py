@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cmjax.core import UserError
+from cmjax.core import UserError, first_line
 from cmjax.networks import layers
 from cmjax.port import names
 
@@ -60,6 +60,8 @@ def plan_torch(tensors: names.Tensors, path: str | Path, form: str) -> names.Pla
   """
   up = re.compile(r'output_blocks\.\d+\.[12]\.in_layers\.0\.weight')
   levels = 1 + sum(bool(up.fullmatch(name)) for name in tensors)
+  if levels > layers.MOST_LEVELS:
+    raise UserError(f'{path}: a network of {levels} levels is not here')
   inputs = {name.split('.')[1] for name in tensors if name.startswith('input_blocks.')}
   a_level = len(inputs) // levels  # its blocks, and the first convolution or a halving
   firsts = [1 + level * a_level for level in range(levels)]
@@ -70,9 +72,10 @@ def plan_torch(tensors: names.Tensors, path: str | Path, form: str) -> names.Pla
     told = len(tensors['input_blocks.1.0.emb_layers.1.bias'])
     size = 32 * 2 ** attends.index(True)
     image_channels = tensors['input_blocks.0.0.weight'].shape[1]
-  except (KeyError, IndexError, ValueError, TypeError) as error:
+    mults = tuple(width // channels for width in widths)
+  except (KeyError, IndexError, ValueError, TypeError, ZeroDivisionError) as error:
     raise UserError(
-      f'{path}: not the U-Net of OpenAI that is here ({error})'
+      f'{path}: not the U-Net of OpenAI that is here ({first_line(error)})'
     ) from error
   if min(widths) < 128:  # it has 32 groups of channels whatever the width
     raise UserError(f'{path}: a network {min(widths)} channels wide is not here')
@@ -80,7 +83,7 @@ def plan_torch(tensors: names.Tensors, path: str | Path, form: str) -> names.Pla
   network = dict(
     fn='cmjax.networks.adm:adm',
     channels=channels,
-    channel_mult=tuple(width // channels for width in widths),
+    channel_mult=mults,
     blocks=a_level - 1,
     attention=tuple(size >> i for i, attend in enumerate(attends) if attend),
     film=told == 2 * widths[0],
@@ -90,8 +93,8 @@ def plan_torch(tensors: names.Tensors, path: str | Path, form: str) -> names.Pla
     origin='openai/consistency_models',
     network=network,
     precond=_precond(path, form),
-    shape=(size, size, image_channels),
-    classes=classes,
+    shape=names.shape_of((size, size, image_channels), str(path)),
+    classes=names.classes_of(classes, str(path)),
     tensors=tensors,
     find=_find_torch(size, levels, a_level - 1, tensors),
   )
@@ -147,8 +150,8 @@ def plan_jax(tensors: names.Tensors, path: str | Path, form: str) -> names.Plan:
   fourier = 'GaussianFourierProjection_0/W' in tensors
   size, mults, blocks = 32, (2, 2, 2), 4
   try:
-    channels = tensors['Conv_0/kernel'].shape[-1]
-  except (KeyError, IndexError) as error:
+    image_channels, channels = tensors['Conv_0/kernel'].shape[-2:]
+  except (KeyError, ValueError) as error:
     raise UserError(f'{path}: params_ema is not of the NCSN++ that is here') from error
   network = dict(
     fn='cmjax.networks.songunet:songunet',
@@ -180,23 +183,29 @@ def plan_jax(tensors: names.Tensors, path: str | Path, form: str) -> names.Plan:
     origin='openai/consistency_models_cifar10',
     network=network,
     precond=_precond(path, form),
-    shape=(size, size, tensors['Conv_0/kernel'].shape[-2]),
+    shape=names.shape_of((size, size, image_channels), str(path)),
     classes=0,
-    tensors=_with_qkv(tensors),
+    tensors=_with_qkv(tensors, set(attending.values()), path),
     find=_find_jax(stems, attending, pyramids),
   )
 
 
-def _with_qkv(tensors: names.Tensors) -> names.Tensors:
+def _with_qkv(
+  tensors: names.Tensors, blocks: set[str], path: str | Path
+) -> names.Tensors:
   """q, k and v of every attention as one, where they were three dense layers."""
   joined = {}
   for name, array in tensors.items():
     block, _, rest = name.partition('/NIN_')
-    if rest and rest[0] in '012':
-      leaf = rest.partition('/')[2]
+    number, _, leaf = rest.partition('/')
+    # Of others, as many as a file names would be joined.
+    if block in blocks and number in ('0', '1', '2') and leaf in ('W', 'b'):
       three = [tensors.get(f'{block}/NIN_{i}/{leaf}') for i in range(3)]
       if all(a is not None for a in three):
-        joined[f'{block}/qkv/{leaf}'] = np.concatenate(three, axis=-1)
+        try:
+          joined[f'{block}/qkv/{leaf}'] = np.concatenate(three, axis=-1)
+        except ValueError as error:
+          raise UserError(f'{path}: {name} and its like do not join') from error
         continue
     joined[name] = array
   return joined

@@ -1,28 +1,29 @@
 """Pickles of checkpoints: bytes -> numpy arrays; nothing that a pickle says is run.
 
-A pickle is a program. Ours is first walked without running it, so that no size it
-claims is believed; then run with a table of the few names that checkpoints use, each
-of which makes an inert `Record` of the call instead of the call; then the records that
-mean arrays become views of the bytes read.
+A pickle is a program for a stack machine. `Machine` runs it with inert values: a name
+must be on a short list, a call becomes a `Record` of the call, a set becomes a list,
+and only text and small whole numbers are keys, so nothing is hashed or compared that
+was not checked, and no size is believed. Then the records that mean arrays become
+views of the bytes read.
 """
 
 from collections.abc import Callable, Iterator
-import io
 import math
 import mmap
-import pickle
 import pickletools
+import struct
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-MOST_OPCODES = 2**19  # of a pickle; one may make 200 bytes, a tensor takes about 100
-MOST_TUPLES = 2**16  # hashing nested ones recurses in C, without a guard
+MOST_OPCODES = 2**20  # of a file; one makes 64 bytes, a tensor takes about 200
 MOST_TEXT = 2**24  # bytes of names and source: text may take four times its size
+MOST_NUMBERS = 2**14  # keys that are numbers: their hashes can be made to collide
 MOST_VALUES = 2**18  # of a file once flattened: shared parts multiply
 MOST_NAME = 1000  # letters of a dotted name
 MOST_DEPTH = 100
+MOST_AXES = 32
 MAGIC = 0x1950A86A20F9469CFC6C  # opens torch's file format before zip
 BFLOAT16 = jnp.dtype('bfloat16')
 STORAGES = {
@@ -57,37 +58,8 @@ class Record:
 
   __slots__ = ('arguments', 'state')
 
-  def __new__(cls, *arguments):
-    """Keeps them."""
-    if len(arguments) > 16:  # a long tuple would be copied at each call
-      raise ValueError('a call of too many arguments')
-    self = super().__new__(cls)
+  def __init__(self, arguments: tuple):
     self.arguments, self.state = arguments, None
-    return self
-
-  def __setstate__(self, state):
-    """What the pickle wants to be set afterwards."""
-    self.state = state
-
-
-class Dict(dict):
-  """OrderedDict and EasyDict: filled item by item, attributes dropped."""
-
-  __slots__ = ('pairs',)
-
-  def __init__(self, pairs=()):
-    """Python 2 gave items here; taken later, as one list may be given many times."""
-    self.pairs = pairs
-
-  def __setstate__(self, state):
-    """Drops it."""
-
-
-def items(value: dict) -> Iterator[tuple[Any, Any]]:
-  """What a pickle put into a dict."""
-  if isinstance(value, Dict):
-    yield from ((name, part) for name, part in value.pairs)
-  yield from value.items()
 
 
 def record(name: str) -> type[Record]:
@@ -98,11 +70,11 @@ def record(name: str) -> type[Record]:
 TORCH_MODULE = record('module')
 STORAGE = record('storage')
 STREAM = record('stream')
-BUILTINS = str, bytes, bytearray, bool, int, float, complex
+BUILTINS = str, bytes, bool, int, float
 GLOBALS = {
-  ('collections', 'OrderedDict'): Dict,
-  ('dnnlib', 'EasyDict'): Dict,
-  ('dnnlib.util', 'EasyDict'): Dict,
+  ('collections', 'OrderedDict'): dict,
+  ('dnnlib', 'EasyDict'): dict,
+  ('dnnlib.util', 'EasyDict'): dict,
   ('builtins', 'set'): record('set'),
   ('__builtin__', 'set'): record('set'),
   ('_codecs', 'encode'): record('encode'),
@@ -136,87 +108,255 @@ def _layout(opcode: pickletools.OpcodeInfo) -> tuple[str, int, int, int]:
   return opcode.name, max(n, 0), lengths.get(n, 0), int(lines)
 
 
+def _unsigned(raw: bytes) -> int:
+  return int.from_bytes(raw, 'little')
+
+
+def _signed(raw: bytes) -> int:
+  return int.from_bytes(raw, 'little', signed=True)
+
+
+def _ascii(raw: bytes) -> str:
+  return raw.decode('ascii')
+
+
+def _utf8(raw: bytes) -> str:
+  return raw.decode('utf-8', 'surrogatepass')
+
+
+def _short_number(raw: bytes) -> int:
+  """Python 2 wrote numbers of more than 32 bits in decimal."""
+  if len(raw) > 24:
+    raise ValueError('a number of too many digits')
+  return int(raw)
+
+
+# Opcodes that put a value on the stack, by their arguments.
+VALUES = {
+  'NONE': lambda raw: None,
+  'NEWTRUE': lambda raw: True,
+  'NEWFALSE': lambda raw: False,
+  'BININT': _signed,
+  'BININT1': _unsigned,
+  'BININT2': _unsigned,
+  'LONG1': _signed,
+  'INT': _short_number,
+  'BINFLOAT': lambda raw: struct.unpack('>d', raw)[0],
+  'BINSTRING': _ascii,
+  'SHORT_BINSTRING': _ascii,
+  'BINUNICODE': _utf8,
+  'SHORT_BINUNICODE': _utf8,
+  'BINUNICODE8': _utf8,
+  'BINBYTES': bytes,
+  'SHORT_BINBYTES': bytes,
+  'BINBYTES8': bytes,
+  'BYTEARRAY8': bytes,
+  'EMPTY_LIST': lambda raw: [],
+  'EMPTY_SET': lambda raw: [],
+  'EMPTY_DICT': lambda raw: {},
+  'EMPTY_TUPLE': lambda raw: (),
+}
+RAW = 'BINBYTES', 'SHORT_BINBYTES', 'BINBYTES8', 'BYTEARRAY8'
+# The others that picklers of protocols 2 to 5 write, by what they are for.
+STACK = 'PROTO', 'FRAME', 'STOP', 'MARK', 'POP', 'POP_MARK'
+MEMO = 'MEMOIZE', 'BINPUT', 'LONG_BINPUT', 'BINGET', 'LONG_BINGET'
+PARTS = 'APPEND', 'APPENDS', 'ADDITEMS', 'FROZENSET', 'SETITEM', 'SETITEMS'
+TUPLES = 'TUPLE', 'TUPLE1', 'TUPLE2', 'TUPLE3'
+CALLS = 'GLOBAL', 'STACK_GLOBAL', 'REDUCE', 'NEWOBJ', 'BUILD', 'BINPERSID'
 OPCODES = {
   ord(opcode.code): _layout(opcode)
   for opcode in pickletools.opcodes
-  if not opcode.name.startswith('EXT') and not opcode.name.endswith('_BUFFER')
+  if opcode.name in {*VALUES, *STACK, *MEMO, *PARTS, *TUPLES, *CALLS}
 }
-RAW = {'BINBYTES', 'SHORT_BINBYTES', 'BINBYTES8', 'BYTEARRAY8'}
-PUTS = {'PUT', 'BINPUT', 'LONG_BINPUT'}
 
 
-def scan(data: bytes | mmap.mmap, at: int = 0) -> int:
-  """Walks a pickle without running it -> where it ends.
+class Machine:
+  """Runs the pickles of one file; what it counts is of all of them together."""
 
-  Raises: ValueError for a size beyond the bytes that are there, a memo index that no
-  pickler writes (the list up to it would be allocated), or too much of anything.
-  """
-  size, frame, text, tuples = len(data), 0, 0, 0
-  for count in range(MOST_OPCODES):
+  def __init__(self, size: int):
+    self.size = size  # bytes of the file
+    self.opcodes = self.text = self.numbers = self.viewed = 0
+
+  def run(
+    self,
+    data: bytes | mmap.mmap,
+    at: int = 0,
+    read: Callable[[int, int], bytes] | None = None,
+  ) -> tuple[Any, int, dict[str, Record]]:
+    """One pickle -> its value, where it ends, and its storages by key.
+
+    Args:
+      data: holds the pickle.
+      at: where it begins.
+      read: (begin, end) -> those bytes of `data`; a slice of it by default.
+
+    Raises: RefusedError for a name that is not on the list; ValueError or what Python
+      raises for a size beyond the bytes that are there, too much of anything, or what
+      no pickler of a checkpoint writes.
+    """
+    stack, marks, memo, storages = [], [], [], {}
+
+    def since_mark():
+      start = marks.pop()
+      parts = stack[start:]
+      del stack[start:]
+      return parts
+
+    while True:
+      name, raw, at = self._next(data, at, read)
+      if name in VALUES:
+        stack.append(VALUES[name](raw))
+        continue
+      match name:
+        case 'MEMOIZE':
+          memo.append(stack[-1])
+        case 'BINPUT' | 'LONG_BINPUT':
+          index = _unsigned(raw)
+          if index > self.opcodes:  # no pickler writes it, and room would be made
+            raise ValueError(f'{name} has index {index}')
+          memo.extend([None] * (index + 1 - len(memo)))
+          memo[index] = stack[-1]
+        case 'BINGET' | 'LONG_BINGET':
+          stack.append(memo[_unsigned(raw)])
+        case 'MARK':
+          marks.append(len(stack))
+        case 'POP_MARK':
+          since_mark()
+        case 'POP':
+          stack.pop()
+        case 'TUPLE':
+          stack.append(tuple(since_mark()))
+        case 'TUPLE1' | 'TUPLE2' | 'TUPLE3':
+          stack[-int(name[-1]) :] = [tuple(stack[-int(name[-1]) :])]
+        case 'FROZENSET':
+          stack.append(since_mark())
+        case 'APPEND':
+          _extend(stack[-2], [stack.pop()])
+        case 'APPENDS' | 'ADDITEMS':
+          parts = since_mark()
+          _extend(stack[-1], parts)
+        case 'SETITEM':
+          key, value = stack[-2:]
+          del stack[-2:]
+          self._fill(stack[-1], [(key, value)])
+        case 'SETITEMS':
+          parts = since_mark()
+          self._fill(stack[-1], zip(parts[::2], parts[1::2], strict=True))
+        case 'GLOBAL':
+          stack.append(find_class(*_utf8(raw).split('\n')[:2]))
+        case 'STACK_GLOBAL':
+          stack[-2:] = [find_class(*stack[-2:])]
+        case 'REDUCE' | 'NEWOBJ':
+          arguments = stack.pop()
+          stack[-1] = self._call(stack[-1], arguments)
+        case 'BUILD':
+          state = stack.pop()
+          if isinstance(stack[-1], Record):
+            stack[-1].state = state
+          elif type(stack[-1]) is not dict:  # whose attributes are dropped
+            raise ValueError('a state is set on a value that is not an object')
+        case 'BINPERSID':
+          stack[-1] = _storage(stack[-1], storages)
+        case 'STOP':
+          return stack.pop(), at, storages
+
+  def _next(
+    self, data: bytes | mmap.mmap, at: int, read: Callable | None
+  ) -> tuple[str, bytes, int]:
+    """The opcode at a place, its argument, and where it ends."""
+    size = len(data)
     if at >= size:
       raise ValueError('it ends too early')
     if data[at] not in OPCODES:
       raise ValueError(f'byte {at} is no opcode that a checkpoint uses')
     name, fixed, length, lines = OPCODES[data[at]]
-    end = at + 1 + fixed + length
+    start = at + 1 + length
+    end = start + fixed
     if length:
-      end += int.from_bytes(data[end - length : end], 'little')
+      end += int.from_bytes(data[at + 1 : start], 'little')
     for _ in range(lines):
       end = data.find(b'\n', end) + 1 or size + 1
-    if end > size or at < frame < end:
+    if end > size:
       raise ValueError(f'{name} at byte {at} is longer than what is there')
+    self.opcodes += 1
     if (length or lines) and name not in RAW:
-      text += end - at
-    if name in PUTS:
-      argument = data[at + 1 : end]
-      index = int(argument) if lines else int.from_bytes(argument, 'little')
-      if index > count:
-        raise ValueError(f'{name} at byte {at} has index {index}')
-    elif name == 'FRAME':
-      if at < frame:
-        raise ValueError(f'FRAME at byte {at} is within another')
-      frame = end + int.from_bytes(data[at + 1 : end], 'little')
-      if frame > size:
-        raise ValueError(f'FRAME at byte {at} is longer than what is there')
-    tuples += name.startswith('TUPLE')
-    if text > MOST_TEXT or tuples > MOST_TUPLES:
-      raise ValueError('too much text, or too many tuples')
-    if name == 'STOP':
-      return end
-    at = end
-  raise ValueError(f'more than {MOST_OPCODES} opcodes')
+      self.text += end - at
+    if self.opcodes > MOST_OPCODES or self.text > MOST_TEXT:
+      raise ValueError(f'more than {MOST_OPCODES} opcodes, or too much text')
+    if end - start > 2**16 and read:
+      return name, read(start, end), end
+    return name, data[start:end], end
+
+  def _fill(self, target: Any, pairs: Any) -> None:
+    """Sets items of a dict, if the keys are text or small whole numbers."""
+    if type(target) is not dict:
+      raise ValueError('items are set on a value that is not a dict')
+    for key, value in pairs:
+      self.numbers += type(key) is int
+      small = type(key) is int and abs(key) < 2**60 and self.numbers <= MOST_NUMBERS
+      if not small and type(key) not in (str, bytes):
+        raise ValueError('a key that is not text, or too many or too large numbers')
+      target[key] = value
+
+  def _call(self, function: Any, arguments: Any) -> Any:
+    """A Record of a call, or the dict that it makes."""
+    known = type(function) is type and type(arguments) is tuple
+    if not known or len(arguments) > 16:
+      raise ValueError('a call that no checkpoint makes')
+    if function is not dict:
+      return function(arguments)
+    found = {}
+    if arguments:  # Python 2 gave items here
+      self.opcodes += len(arguments[0])  # one list may be given many times
+      if type(arguments[0]) is not list or self.opcodes > MOST_OPCODES:
+        raise ValueError('items that are not a list, or too many')
+      self._fill(found, arguments[0])
+    return found
 
 
-class _Unpickler(pickle.Unpickler):
-  """Makes Records of the names on the list, and refuses every other name."""
+def _extend(target: Any, parts: list) -> None:
+  if type(target) is not list:
+    raise ValueError('parts are added to a value that is not a list')
+  target.extend(parts)
 
-  def __init__(self, file: Any):
-    super().__init__(file)
-    self.storages = {}  # by key, as they are met
 
-  def find_class(self, module: str, name: str) -> Any:
-    if module.startswith('torch.nn.modules.'):
-      return TORCH_MODULE
-    if (module, name) not in GLOBALS:
-      raise RefusedError(f'{module}.{name}')
-    return GLOBALS[module, name]
+def find_class(module: Any, name: Any) -> Any:
+  """What stands for a name on the list; raises RefusedError for every other."""
+  if type(module) is not str or type(name) is not str:
+    raise ValueError('a name that is not text')
+  if module.startswith('torch.nn.modules.'):
+    return TORCH_MODULE
+  if (module, name) not in GLOBALS:
+    raise RefusedError(f'{module}.{name}')
+  return GLOBALS[module, name]
 
-  def persistent_load(self, pid: Any) -> Any:
-    if type(pid) is tuple and pid[:2] == ('module', TORCH_MODULE):
-      return TORCH_MODULE  # the older format puts a class here, with its source
-    if type(pid) is not tuple or pid[0] != 'storage' or pid[5:] not in ((), (None,)):
-      raise ValueError('a persistent id that is not a whole storage')
-    storage = STORAGE(*pid[1:5])
-    if self.storages.setdefault(pid[2], storage).arguments != storage.arguments:
-      raise ValueError('two storages of one key')
-    return self.storages[pid[2]]
+
+def _storage(pid: Any, storages: dict[str, Record]) -> Any:
+  """What a persistent id stands for; new storages are added to those by key."""
+  if type(pid) is tuple and pid[:2] == ('module', TORCH_MODULE):
+    return TORCH_MODULE  # the older format puts a class here, with its source
+  kinds = [type(part) for part in pid] if type(pid) is tuple else []
+  whole = kinds[:5] == [str, str, str, str, int] and pid[5:] in ((), (None,))
+  if not whole or pid[0] != 'storage':
+    raise ValueError('a persistent id that is not a whole storage')
+  storage = storages.setdefault(pid[2], STORAGE(pid[1:5]))
+  if storage.arguments != pid[1:5]:
+    raise ValueError('two storages of one key')
+  return storage
 
 
 def count(value: Any) -> int:
-  """The value, if it is a whole number and not negative."""
-  if type(value) is not int or value < 0:
+  """The value, if it is a whole number in [0, 2^63)."""
+  if type(value) is not int or not 0 <= value < 2**63:
     raise ValueError('a size that is not a whole number from 0')
   return value
+
+
+def counts(values: Any) -> list[int]:
+  """A shape, or strides; raises ValueError for more axes than any array has."""
+  if len(values) > MOST_AXES:
+    raise ValueError(f'an array of more than {MOST_AXES} axes')
+  return [count(value) for value in values]
 
 
 def numeric(name: Any) -> np.dtype:
@@ -242,8 +382,8 @@ def named(tensors: Iterator[tuple[str, np.ndarray]]) -> dict[str, np.ndarray]:
 class Meaning:
   """What the records of one pickle stand for; `raw` has the storages' bytes by key."""
 
-  def __init__(self, raw: Callable[[str], Any], nested: bool = False):
-    self.raw, self.nested = raw, nested
+  def __init__(self, raw: Callable[[str], Any], machine: Machine, nested: bool = False):
+    self.raw, self.machine, self.nested = raw, machine, nested
     self.known, self.values = {}, 0
 
   def _visit(self, depth: int, values: int = 1):
@@ -255,11 +395,8 @@ class Meaning:
     """Records, and containers of them, as arrays, Modules and builtins."""
     self._visit(depth)
     if isinstance(value, dict):
-      return {
-        self.plain(key, depth + 1): self.plain(part, depth + 1)
-        for key, part in items(value)
-      }
-    if isinstance(value, list | tuple | set | frozenset):
+      return {key: self.plain(part, depth + 1) for key, part in value.items()}
+    if isinstance(value, list | tuple):
       parts = [self.plain(part, depth + 1) for part in value]
       return tuple(parts) if isinstance(value, tuple) else parts
     if isinstance(value, Record):
@@ -279,16 +416,19 @@ class Meaning:
         return raw, dtype
       case 'stream', bytes(data) if not self.nested:
         if id(data) not in self.known:
-          self.known[id(data)] = read_legacy(data, nested=True)
+          self.known[id(data)] = read_legacy(data, self.machine, nested=True)
         return self.known[id(data)]
       case 'tensor', STORAGE() | STREAM() as storage, offset, shape, strides, *_:
-        return _tensor(*self.plain((storage, offset, shape, strides), depth))
+        parts = self.plain((storage, offset, shape, strides), depth)
+        return self._view(_tensor(*parts))
       case 'parameter', data, *_:
         return self.plain(data, depth)
       case ('module',):
         return Module('', {}, named(self._walk(value, '', depth)))
       case 'persistent', {'class_name': str(name), 'state': dict(state)}:
-        arguments = dict(self.plain(state.get('_init_kwargs') or {}, depth))
+        arguments = self.plain(state.get('_init_kwargs') or {}, depth)
+        if type(arguments) is not dict or not all(type(k) is str for k in arguments):
+          raise TypeError('a constructor without names of its arguments')
         if state.get('_init_args'):
           arguments['args'] = self.plain(state['_init_args'], depth)
         return Module(name, arguments, named(self._walk(value, '', depth)))
@@ -296,9 +436,9 @@ class Meaning:
         return numeric(name)
       case 'array', *_:
         _, shape, dtype, fortran, data = self.plain(value.state, depth)
-        return array_of(data, dtype, shape, 'F' if fortran else 'C')
+        return self._view(array_of(data, dtype, shape, 'F' if fortran else 'C'))
       case 'buffer', *arguments:
-        return array_of(*self.plain(arguments, depth))
+        return self._view(array_of(*self.plain(arguments, depth)))
       case 'scalar', dtype, data:
         return array_of(self.plain(data, depth), self.plain(dtype, depth), ())[()]
       case 'encode', str(text), 'latin1':
@@ -309,6 +449,13 @@ class Meaning:
       case 'size' | 'device', part, *_:
         return self.plain(part, depth)
     raise TypeError(f'{type(value).__name__} of unknown arguments')
+
+  def _view(self, array: np.ndarray) -> np.ndarray:
+    # One storage may be viewed by many tensors, each of which may be copied later.
+    self.machine.viewed += array.nbytes
+    if self.machine.viewed > 2 * self.machine.size:
+      raise ValueError('tensors of more bytes than twice those of the file')
+    return array
 
   def _walk(self, value: Record, prefix: str, depth: int) -> Iterator[tuple[str, Any]]:
     """A module's parameters and buffers, then its children's."""
@@ -326,13 +473,13 @@ class Meaning:
 
 
 def _part(state: dict, part: str) -> list[tuple[str, Any]]:
-  return [(name, v) for name, v in items(state.get(part, {})) if v is not None]
+  return [(name, v) for name, v in state.get(part, {}).items() if v is not None]
 
 
 def _tensor(storage: tuple, offset: int, shape: tuple, strides: tuple) -> np.ndarray:
   """A view of a storage; refuses one beyond it, and one that has more elements."""
   raw, dtype = storage
-  shape, strides = [count(n) for n in shape], [count(n) for n in strides]
+  shape, strides = counts(shape), counts(strides)
   if not math.prod(shape):
     return np.frombuffer(b'', dtype).reshape(shape)
   last = count(offset) + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
@@ -344,30 +491,24 @@ def _tensor(storage: tuple, offset: int, shape: tuple, strides: tuple) -> np.nda
 
 def array_of(data: bytes, dtype: np.dtype, shape: Any, order: str = 'C') -> np.ndarray:
   """A view of the bytes, all of them."""
-  if not isinstance(data, bytes | bytearray) or not isinstance(dtype, np.dtype):
+  if not isinstance(data, bytes) or not isinstance(dtype, np.dtype):
     raise TypeError('an array without bytes')
-  return np.frombuffer(data, dtype).reshape([count(n) for n in shape], order=order)
+  return np.frombuffer(data, dtype).reshape(counts(shape), order=order)
 
 
-def load(file: Any, raw: Callable[[str], Any]) -> Any:
-  """The value of a pickle that `scan` has passed; `raw` as of `Meaning`."""
-  return Meaning(raw).plain(_Unpickler(file).load())
-
-
-def read_legacy(data: bytes, nested: bool = False) -> Any:
+def read_legacy(data: bytes, machine: Machine, nested: bool = False) -> Any:
   """torch's format before zip: five pickles, then each storage's length and bytes."""
-  at, parts, file = 0, [], io.BytesIO(data)
+  at, parts = 0, []
   for _ in range(5):
-    end = scan(data, at)
-    file.seek(at)
-    unpickler = _Unpickler(file)
-    parts.append((unpickler.load(), unpickler.storages))
-    at = end
+    value, at, storages = machine.run(data, at)
+    parts.append((value, storages))
   (magic, _), _, (system, _), (root, storages), (keys, _) = parts
   if magic != MAGIC or not system['little_endian']:
     raise ValueError('not a little-endian stream of torch')
   raw = {}
   for key in keys:
+    if type(key) is not str:
+      raise ValueError('a storage whose key is not text')
     kind, _, _, numel = storages[key].arguments
     start = at + 8
     at = start + count(numel) * STORAGES[kind.removeprefix('torch.')].itemsize
@@ -378,13 +519,27 @@ def read_legacy(data: bytes, nested: bool = False) -> Any:
     raise ValueError('something follows its end')
   if nested and not isinstance(root, STORAGE):
     raise ValueError('a stream that is not a storage')
-  return Meaning(raw.__getitem__, nested).plain(root)
+  return Meaning(raw.__getitem__, machine, nested).plain(root)
+
+
+def read_whole(data: bytes, raw: Callable[[str], Any], machine: Machine) -> Any:
+  """One pickle that is all of the bytes; `raw` as of `Meaning`."""
+  value, end, _ = machine.run(data)
+  if end != len(data):
+    raise ValueError('something follows its end')
+  return Meaning(raw, machine).plain(value)
 
 
 def read_pickle(file: Any) -> Any:
   """A pickle of whole objects, each tensor a small stream of torch's older format."""
+
+  def read(start, end):  # as a copy of mapped bytes would keep both in memory
+    file.seek(start)
+    return file.read(end - start)
+
   with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-    if scan(data) != len(data):
+    machine = Machine(len(data))
+    value, end, _ = machine.run(data, 0, read)
+    if end != len(data):
       raise ValueError('something follows its end')
-  file.seek(0)
-  return load(file, {}.__getitem__)
+  return Meaning({}.__getitem__, machine).plain(value)

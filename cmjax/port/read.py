@@ -18,6 +18,7 @@ from cmjax.port import pickles
 
 MOST_HEADER = 2**24  # bytes of a safetensors header
 MOST_DIRECTORY = 2**20  # bytes of a zip's list of members
+MOST_ITEMS = 64  # of a list of msgpack: room for this many is made before one is seen
 
 
 class File(NamedTuple):
@@ -57,11 +58,10 @@ def read_zip(file: Any) -> Any:
     order = members.get(f'{folder}byteorder')
     if order and archive.read(order) != b'little':
       raise ValueError('not little-endian')
-    data = archive.read(name)
-    if pickles.scan(data) != len(data):
-      raise ValueError('something follows the end of data.pkl')
-    return pickles.load(
-      io.BytesIO(data), lambda key: archive.read(members[f'{folder}data/{key}'])
+    return pickles.read_whole(
+      archive.read(name),
+      lambda key: archive.read(members[f'{folder}data/{key}']),
+      pickles.Machine(size),
     )
 
 
@@ -69,33 +69,38 @@ def read_msgpack(file: Any) -> Any:
   """flax.serialization.to_bytes: nested dicts of arrays, the largest in chunks."""
   values = 0
 
+  def counted(found: Any) -> Any:
+    nonlocal values
+    values += 1 + len(found)  # also of empty ones: each takes 60 bytes for one
+    if values > pickles.MOST_VALUES:
+      raise ValueError('too many values')
+    return found
+
   def extension(code: int, data: bytes) -> Any:
-    parts = msgpack.unpackb(data, raw=True, max_array_len=64)
+    limits = dict(max_array_len=MOST_ITEMS, max_map_len=0, list_hook=counted)
+    parts = msgpack.unpackb(data, raw=True, **limits)
     if code == 2:
       return complex(*parts)
-    shape, name, raw = parts
+    shape, name, raw = counted(parts)
     array = pickles.array_of(raw, pickles.numeric(name.decode()), shape)
     return array if code == 1 else {3: array}[code][()]
 
   def mapping(found: dict) -> Any:
-    nonlocal values
-    values += len(found)
-    if values > pickles.MOST_VALUES:
-      raise ValueError('too many values')
-    if '__msgpack_chunked_array__' not in found:
+    if '__msgpack_chunked_array__' not in counted(found):
       return found
     shape, chunks = (
       [found[part][str(i)] for i in range(len(found[part]))]
       for part in ('shape', 'chunks')
     )
-    return np.concatenate(chunks).reshape([pickles.count(n) for n in shape])
+    return np.concatenate(chunks).reshape(pickles.counts(shape))
 
   with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
     content = msgpack.unpackb(
       data,
       ext_hook=extension,
       object_hook=mapping,
-      max_array_len=64,  # room for this many is made before one is seen
+      list_hook=counted,
+      max_array_len=MOST_ITEMS,
       max_map_len=4096,
     )
   tensors(content)  # refuses a tree too deep
@@ -139,8 +144,13 @@ def tensors(tree: Any, separator: str = '.') -> dict[str, np.ndarray]:
   return pickles.named(walk(tree, '', 0))
 
 
+def one_line(error: Exception) -> str:
+  """What an error says of a file, without what its bytes would do to a terminal."""
+  return re.sub('[^ -~]', '?', first_line(error))[:120]
+
+
 def kind_of(head: bytes) -> str:
-  """The format of a file from its first bytes, '' for none of ours."""
+  """The format of a file from its first bytes, '' for none that is known."""
   if head[:4] == b'PK\x03\x04':
     return 'zip'
   if head[8:9] == b'{' and head[4:8] == bytes(4):
@@ -149,7 +159,9 @@ def kind_of(head: bytes) -> str:
     return 'legacy' if pickle.dumps(pickles.MAGIC, 2)[2:] in head[:32] else 'pickle'
   if 0x81 <= head[0] <= 0x8F or head[0] in (0xDE, 0xDF):
     return 'msgpack'
-  return ''
+  if head.lstrip(b' \t\r\n\xef\xbb\xbf').startswith(b'<'):
+    return 'web page'
+  return 'pointer' if head.startswith(b'version https://git-lfs') else ''
 
 
 def read(path: str | Path) -> File:
@@ -166,31 +178,33 @@ def read(path: str | Path) -> File:
       head = file.read(64)
       if not head:
         raise UserError(f'{path}: is empty; download it again')
-      if head.lstrip().startswith(b'<'):
-        raise UserError(f'{path}: is a web page, so the download did not work')
-      if head.startswith(b'version https://git-lfs'):
-        raise UserError(f'{path}: only points to the file; fetch it with: git lfs pull')
       file.seek(0)
       match kind_of(head):
         case 'pickle':
           return File('pickle', pickles.read_pickle(file), {})
         case 'legacy':
-          return File('torch', pickles.read_legacy(file.read(path.stat().st_size)), {})
+          data = file.read()
+          machine = pickles.Machine(len(data))
+          return File('torch', pickles.read_legacy(data, machine), {})
         case 'zip':
           return File('torch', read_zip(file), {})
         case 'msgpack':
           return File('msgpack', read_msgpack(file), {})
         case 'safetensors':
           return File('safetensors', *read_safetensors(file))
+        case 'web page':
+          raise UserError(f'{path}: is a web page, so the download did not work')
+        case 'pointer':
+          raise UserError(f'{path}: only points to the file; fetch: git lfs pull')
       raise ValueError('of no format that cmjax knows')
   except UserError:
     raise
   except pickles.RefusedError as error:
-    name = ascii(str(error))[1:-1][:120]
+    name = one_line(error)
     raise UserError(
       f'{path}: wants {name}, which cmjax does not run; use a file of weights only'
     ) from None
   except Exception as error:  # whatever a parser meets in bytes that nobody checked
     raise UserError(
-      f'{path}: damaged or not a checkpoint ({first_line(error)}); download it again'
+      f'{path}: damaged or not a checkpoint ({one_line(error)}); download it again'
     ) from error

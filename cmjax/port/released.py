@@ -31,14 +31,16 @@ def plan(file: read.File, path: str | Path, form: str = '') -> names.Plan:
     return openai.plan_jax(_flat(content['params_ema'], '/', path), path, form)
   if 'time_embed.0.weight' in content:
     return openai.plan_torch(_flat(content, '.', path), path, form)
-  raise _unknown(path, ', '.join(str(name)[:40] for name in list(content)[:5]))
+  raise _unknown(path, ', '.join(names.shown(name) for name in list(content)[:5]))
 
 
 def _flat(content: Any, separator: str, path: str | Path) -> names.Tensors:
   try:
     return read.tensors(content, separator)
   except ValueError as error:
-    raise UserError(f'{path}: damaged or not a checkpoint ({error})') from error
+    raise UserError(
+      f'{path}: damaged or not a checkpoint ({read.one_line(error)})'
+    ) from error
 
 
 def _unknown(path: str | Path, holds: str) -> UserError:

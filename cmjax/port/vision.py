@@ -1,6 +1,6 @@
 """Released weights of the perceptual networks: their names and layouts -> ours."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 import fnmatch
 import hashlib
 from pathlib import Path
@@ -8,9 +8,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from cmjax.core import Params, UserError
+from cmjax.core import Params, Perceptual, UserError, first_line
 from cmjax.networks import perceptual
-from cmjax.port import read
+from cmjax.port import names, read
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -87,15 +87,14 @@ def inception(tensors: Tensors) -> Params:
   return _fill(like, tensors, rename, INCEPTION_UNUSED, 'Inception')
 
 
-def load_lpips(vgg: str, heads: str) -> Params:
+def load_lpips(vgg: str, heads: str) -> Perceptual:
   """The parameters of `lpips` from torchvision's VGG16 and the lpips package's heads.
 
   Raises: UserError for a file that is absent, damaged, or does not hold the network.
   """
-  return {
-    'vgg16': vgg16(_content(vgg, VGG16_FILE)),
-    'heads': lpips_heads(_content(heads, HEADS_FILE)),
-  }
+  trunk = vgg16(_content(vgg, VGG16_FILE))
+  heads_params = lpips_heads(_content(heads, HEADS_FILE))
+  return Perceptual({'vgg16': trunk, 'heads': heads_params})
 
 
 def load_inception(path: str) -> Params:
@@ -119,14 +118,25 @@ def _content(path: str, name: str) -> Tensors:
         f'{path}: damaged, its SHA-256 begins with {found[:8]}; download {name} again '
         f'from {source}'
       )
-  content = read.read(path).content
-  if not isinstance(content, Mapping):
+  try:
+    tensors = read.tensors(read.read(path).content)
+  except UserError:
+    raise
+  except ValueError as error:
+    raise UserError(f'{path}: damaged ({first_line(error)})') from error
+  if not tensors:
     raise UserError(f'{path}: holds no tensors by name; download {name} from {source}')
-  return content
+  return tensors
 
 
 def _shapes(init: Callable[..., Params]) -> Params:
   return jax.eval_shape(init, jax.random.key(0))
+
+
+def _listed(found: Collection[str]) -> str:
+  first = [names.shown(name)[1:-1] for name in sorted(found)[:40]]
+  more = len(found) - len(first)
+  return ', '.join(first) + (f' and {more} more' if more else '')
 
 
 def _fill(
@@ -143,20 +153,19 @@ def _fill(
   }
   missing = wanted.values() - tensors.keys()
   if missing:
-    raise UserError(f'{network}: missing tensors: {", ".join(sorted(missing))}')
+    raise UserError(f'{network}: missing tensors: {_listed(missing)}')
   unread = tensors.keys() - wanted.values()
   unread = {n for n in unread if not any(fnmatch.fnmatch(n, u) for u in unused)}
   if unread:
-    raise UserError(
-      f'{network}: tensors that nothing reads: {", ".join(sorted(unread))}'
-    )
+    raise UserError(f'{network}: tensors that nothing reads: {_listed(unread)}')
 
   def fill(path, leaf):
     theirs = np.asarray(tensors[wanted[path]])
     order = _ORDER.get(theirs.ndim, ())
     if tuple(theirs.shape[i] for i in order) != leaf.shape:
       raise UserError(
-        f'{network}: {wanted[path]} has the shape {theirs.shape}; another network?'
+        f'{network}: {wanted[path]} has the shape {names.shown(theirs.shape)}; '
+        'another network?'
       )
     return np.ascontiguousarray(np.transpose(theirs, order))
 
