@@ -15,7 +15,7 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 
   Source: Dowson & Landau 1982; Heusel et al. 2017, eq. (6).
   """
-  if min(len(a), len(b)) < 2 or a.shape[1:] != b.shape[1:] or a.ndim != 2:
+  if not a.ndim == b.ndim == 2 or min(len(a), len(b)) < 2 or a.shape[1] != b.shape[1]:
     raise ValueError(f'needs f[N >= 2, D] twice, got shapes {a.shape} and {b.shape}')
   a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
   if not (np.all(np.isfinite(a)) and np.all(np.isfinite(b))):

@@ -1,9 +1,15 @@
 """Batches as a pure function of the step, sources, and the faults a user can make."""
 
+import contextlib
+import json
 import os
 import re
+import signal
+import struct
 import subprocess
 import sys
+import zipfile
+import zlib
 
 import jax
 import numpy as np
@@ -40,8 +46,67 @@ def test_blank_images_take_no_memory_and_make_batches():
   np.testing.assert_array_equal(batch.x0, np.full((4, 64, 64, 3), -1, np.float32))
   np.testing.assert_array_equal(batch.cond, np.eye(1000, dtype=np.float32)[[0] * 4])
   assert data.batch_at(data.blank(size=8), 0, 0, 2).cond is None
-  with pytest.raises(ValueError, match='size=0'):
-    data.blank(size=0)
+
+
+@pytest.mark.parametrize(
+  'numbers',
+  [
+    {'size': 0},
+    {'size': 10**7},
+    {'size': 8, 'channels': 10**12},
+    {'size': 8, 'examples': 2**31},
+    {'size': 8, 'classes': 10**9},
+    {'size': 8, 'classes': -1},
+  ],
+  ids=str,
+)
+def test_blank_images_that_cannot_be_are_refused(numbers):
+  with pytest.raises(ValueError, match=f'{list(numbers)[-1]}='):
+    data.blank(**numbers)
+
+
+@pytest.mark.parametrize('samples', [0, -1, 10**11, 2**31])
+def test_numbers_of_points_that_cannot_be_are_refused(samples):
+  with pytest.raises(ValueError, match=f'{samples=}'):
+    data.points(oracle=oracles.ring(), samples=samples)
+
+
+def test_points_that_do_not_fit_into_memory_are_refused(monkeypatch):
+  monkeypatch.setattr(data, '_memory', lambda: 1000)
+  with pytest.raises(ValueError, match='memory'):
+    data.points(oracle=oracles.ring(), samples=1000)
+
+
+def test_a_batch_of_more_than_there_are_names_both_numbers():
+  data.check_batch(source(n=10), 10)
+  with pytest.raises(UserError, match=r'batch of 11 .* noise has 10;') as error:
+    data.check_batch(source(n=10), 11)
+  assert '\n' not in str(error.value)
+  assert len(data.batch_at(source(n=10), 0, 0, 11).x0) == 11
+
+
+def test_a_stand_in_for_data_has_its_shape_classes_and_range_and_no_examples():
+  images = data.unseen((8, 8, 3), 10)
+  assert (images.shape, images.classes, len(images.examples)) == ((8, 8, 3), 10, 0)
+  np.testing.assert_array_equal(images.labels, np.arange(10))
+  np.testing.assert_array_equal(data.one_hot(images, np.arange(10)), np.eye(10))
+  wild = np.array([-9, -1, 0.5, 1, 9], np.float32)
+  np.testing.assert_array_equal(data.clip(images, wild), np.clip(wild, -1, 1))
+  np.testing.assert_array_equal(data.as_uint8(images, wild), [0, 0, 191, 255, 255])
+  points = data.unseen((2,), 0)
+  assert (points.shape, points.labels, points.classes) == ((2,), None, 0)
+  np.testing.assert_array_equal(data.clip(points, wild), wild)
+
+
+def test_labels_of_many_classes_take_the_memory_of_their_batch():
+  # A table of 10**6 by 10**6 would be four terabytes.
+  many = source()._replace(classes=10**6, labels=np.arange(10) * 100_003)
+  batch = data.batch_at(many, 0, 0, 3)
+  assert batch.cond.shape == (3, 10**6)
+  np.testing.assert_array_equal(batch.cond.sum(axis=1), 1)
+  np.testing.assert_array_equal(
+    batch.cond.argmax(axis=1), np.array(many.labels)[batch.index]
+  )
 
 
 def save_npz(folder, **arrays):
@@ -282,11 +347,66 @@ def test_folder_of_images_in_class_folders(tmp_path):
   assert data.array(path=str(tmp_path)).labels is None
 
 
+@pytest.mark.parametrize('labels', [[0, 5], [5, 0, 5, 1, 3, 2, 5]], ids=str)
+def test_labels_may_have_gaps_up_to_the_number_of_examples(labels, tmp_path):
+  labels = np.array(labels, np.uint64)
+  path = save_npz(tmp_path, images=images_of(len(labels)), labels=labels)
+  if labels.max() >= len(labels):
+    with pytest.raises(UserError, match='is 5, which is too large for 2 examples'):
+      data.array(path=path, conditional=True)
+    return
+  s = data.array(path=path, conditional=True)
+  assert s.classes == 6
+  np.testing.assert_array_equal(
+    data.one_hot(s, np.arange(len(labels))), np.eye(6)[labels.astype(int)]
+  )
+
+
+def test_one_image_is_a_data_set(tmp_path):
+  s = data.array(path=save_npz(tmp_path, images=images_of(1)))
+  assert data.batch_at(s, 0, 0, 2).x0.shape == (2, 2, 2, 3)
+
+
+def test_an_npz_is_read_no_further_than_needed(tmp_path):
+  # Neither a bomb nor an object array beside the images is opened.
+  np.savez_compressed(
+    tmp_path / 'set.npz',
+    images=images_of(3),
+    labels=np.zeros(10**7, np.uint8),
+    notes=np.array([{}], object),
+  )
+  s = data.array(path=str(tmp_path / 'set.npz'))
+  np.testing.assert_array_equal(s.examples, images_of(3))
+
+
 def images_of(n):
   return np.zeros((n, 2, 2, 3), np.uint8)
 
 
 BAD_NPZ = {
+  'four channels': (
+    dict(images=np.zeros((2, 5, 5, 4), np.uint8)),
+    r'4 channels; .*\[\.\.\., :3\]',
+  ),
+  'two channels': (dict(images=np.zeros((2, 5, 5, 2))), '2 channels; store one or'),
+  'channels first': (
+    dict(images=np.zeros((2, 3, 5, 5), np.uint8)),
+    r'np\.moveaxis\(images, 1, -1\)',
+  ),
+  'one image alone': (dict(images=images_of(1)[0]), r'one image is images\[None\]'),
+  'no pixels': (dict(images=np.zeros((2, 0, 5, 3), np.uint8)), r'shape \(2, 0, 5, 3\)'),
+  'infinite': (dict(images=np.full((2, 3), np.inf)), r'leave \[-1, 1\]'),
+  'one not a number': (dict(images=np.array([[0, 0.5], [np.nan, 1]])), 'not numbers'),
+  'beyond float32': (dict(images=np.full((2, 3), 1e300)), r'leave \[-1, 1\]'),
+  'complex': (dict(images=np.zeros((2, 3), complex)), 'complex128; store uint8'),
+  'labels of another data set': (
+    dict(images=images_of(3), labels=np.array([0, 1, 10**9])),
+    'is 1000000000, which is too large for 3 examples',
+  ),
+  'labels beyond int64': (
+    dict(images=images_of(2), labels=np.array([0, 2**64 - 1], np.uint64)),
+    'is 18446744073709551615, which is too large',
+  ),
   'no images': (dict(pixels=images_of(2)), r"no 'images'.*\['pixels'\]"),
   'object array': (dict(images=np.array([1, 'a'], object)), 'cannot read'),
   'out of range': (dict(images=np.full((2, 3), 1.01)), r'leave \[-1, 1\].*store uint8'),
@@ -314,6 +434,7 @@ BAD_NPZ = {
 }
 
 
+@pytest.mark.filterwarnings('error')
 @pytest.mark.parametrize('fault', BAD_NPZ)
 def test_a_bad_npz_is_one_line_with_the_way_out(fault, tmp_path):
   arrays, told = BAD_NPZ[fault]
@@ -339,12 +460,67 @@ def mixed_sizes(place):
 
 def truncated(place):
   rng = np.random.default_rng(0)
-  Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8)).save(place / '0.png')
-  cut(place / '0.png')
+  (place / 'a').mkdir()
+  path = place / 'a' / '0.png'
+  Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8)).save(path)
+  cut(path)
 
 
 def not_an_image(place):
-  (place / '0.png').write_bytes(b'')
+  (place / 'a').mkdir()
+  (place / 'a' / '0.png').write_bytes(b'')
+
+
+def png(width, height, *chunks):
+  """A PNG that says it is of that size, with little behind it."""
+
+  def chunk(kind, content):
+    check = struct.pack('>I', zlib.crc32(kind + content))
+    return struct.pack('>I', len(content)) + kind + content + check
+
+  head = chunk(b'IHDR', struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0))
+  rest = b''.join(
+    chunk(*c) for c in (*chunks, (b'IDAT', zlib.compress(b'')), (b'IEND', b''))
+  )
+  return b'\x89PNG\r\n\x1a\n' + head + rest
+
+
+def bomb(place):
+  (place / 'a').mkdir()
+  (place / 'a' / '0.png').write_bytes(png(20_000, 20_000))
+
+
+def half_a_bomb(place):  # of which Pillow only warns
+  (place / 'a').mkdir()
+  (place / 'a' / '0.png').write_bytes(png(10_000, 10_000))
+
+
+def broken_chunk(place):  # a SyntaxError of Pillow's
+  (place / 'a').mkdir()
+  rows = zlib.compress(np.random.default_rng(0).bytes(4 * (1 + 3 * 6)))
+  parts = (b'IDAT', rows[:20]), (b'\0\1\2\3', rows[20:])
+  (place / 'a' / '0.png').write_bytes(png(6, 4, *parts))
+
+
+def transparent_colour(place):
+  (place / 'a').mkdir()
+  image = Image.new('P', (6, 4))
+  image.save(place / 'a' / '0.png', transparency=0)
+
+
+def pipe(place):
+  (place / 'a').mkdir()
+  os.mkfifo(place / 'a' / '0.png')
+
+
+def link_to_itself(place):
+  (place / 'a').mkdir()
+  (place / 'a' / '0.png').symlink_to(place / 'a' / '0.png')
+
+
+def link_to_a_folder_above(place):
+  save_image(place / 'a' / '0.png')
+  (place / 'a' / 'b').symlink_to(place)
 
 
 def unsorted(place):
@@ -357,29 +533,110 @@ BAD_FOLDERS = {
   mixed_sizes: r'a/0\.png is 6x4, .*a/1\.png is 5x4; resize',
   truncated: r'cannot read .*0\.png .*truncated',
   not_an_image: r'cannot read .*0\.png',
+  bomb: r'cannot read .*0\.png .*pixels',
+  half_a_bomb: r'cannot read .*0\.png .*pixels',
+  broken_chunk: r'cannot read .*0\.png \(',
+  transparent_colour: r'cannot read .*0\.png \(mode P; .*no transparency',
+  pipe: r'cannot read .*0\.png \(not a file\)',
+  link_to_itself: r'cannot read .*0\.png \(not a file\)',
+  link_to_a_folder_above: r'a/b links to a folder that holds it',
   unsorted: r'outside a class folder.*config\.data\.conditional=False',
 }
+
+
+@contextlib.contextmanager
+def at_once():
+  """Fails where reading would wait for a writer that never comes."""
+
+  def fail(signum, frame):
+    raise AssertionError('still waiting after 20 s')
+
+  before = signal.signal(signal.SIGALRM, fail)
+  signal.alarm(20)
+  try:
+    yield
+  finally:
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.mark.parametrize('make', BAD_FOLDERS, ids=lambda make: make.__name__)
 def test_a_bad_folder_is_one_line_with_the_way_out(make, tmp_path):
   make(tmp_path)
-  with pytest.raises(UserError, match=BAD_FOLDERS[make]) as error:
+  with at_once(), pytest.raises(UserError, match=BAD_FOLDERS[make]) as error:
     data.array(path=str(tmp_path), conditional=True)
   assert '\n' not in str(error.value)
 
 
-@pytest.mark.parametrize('name', ['absent', 'set.npy', 'cut.npz', 'empty.npz'])
+def test_a_class_folder_may_be_a_link(tmp_path):
+  save_image(tmp_path / 'elsewhere' / 'deep' / '0.png', value=1)
+  save_image(tmp_path / 'set' / 'dog' / '0.png', value=2)
+  (tmp_path / 'set' / 'cat').symlink_to(tmp_path / 'elsewhere')
+  s = data.array(path=str(tmp_path / 'set'), conditional=True)
+  np.testing.assert_array_equal(s.examples[:, 0, 0, 0], [1, 2])
+  np.testing.assert_array_equal(s.labels, [0, 1])
+
+
+@pytest.mark.parametrize('path', ['', ' '])
+def test_an_empty_path_is_not_the_current_folder(path, tmp_path, monkeypatch):
+  save_image(tmp_path / '0.png')
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(UserError, match=r'config\.data\.path: is empty'):
+    data.array(path=path)
+  assert len(data.array(path='.').examples) == 1
+
+
+@pytest.mark.parametrize('kind', ['npz', 'folder'])
+def test_data_beyond_memory_is_refused_before_it_is_read(kind, tmp_path, monkeypatch):
+  path = str(tmp_path)
+  if kind == 'npz':  # a thousandth of its size on disk
+    np.savez_compressed(tmp_path / 'set.npz', images=np.zeros((9, 99, 99, 3), np.uint8))
+    path += '/set.npz'
+    assert os.path.getsize(path) < 2000
+  else:
+    for i in range(9):
+      save_image(tmp_path / f'{i}.png', size=(99, 99))
+  size = 9 * 99 * 99 * 3
+  monkeypatch.setattr(data, '_memory', lambda: size + 1000)
+  assert len(data.array(path=path).examples) == 9
+  monkeypatch.setattr(data, '_memory', lambda: size - 1)
+  with pytest.raises(UserError, match=r'GiB, and this machine has') as error:
+    data.array(path=path)
+  assert path in str(error.value)
+
+
+def test_an_npz_that_promises_more_than_it_holds_is_refused(tmp_path):
+  for shape in ((2**40, 9), (2**62, 2**62), (-1, 4), (1e3, 2)):
+    header = str({'descr': '|u1', 'fortran_order': False, 'shape': shape}).encode()
+    header += b' ' * (63 - (10 + len(header)) % 64) + b'\n'
+    path = tmp_path / 'set.npz'
+    with zipfile.ZipFile(path, 'w') as file:
+      start = b'\x93NUMPY\1\0' + struct.pack('<H', len(header))
+      file.writestr('images.npy', start + header + bytes(16))
+    with pytest.raises(UserError, match='cannot read') as error:
+      data.array(path=str(path))
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  'name', ['absent', 'set.npy', 'cut.npz', 'empty.npz', 'pipe', 'loop']
+)
 def test_what_is_neither_folder_nor_npz_is_refused(name, tmp_path):
   np.save(tmp_path / 'set.npy', images_of(2))
   save_npz(tmp_path, images=images_of(2))
   (tmp_path / 'set.npz').rename(tmp_path / 'cut.npz')
   cut(tmp_path / 'cut.npz')
   (tmp_path / 'empty.npz').touch()
-  path = str(tmp_path / name)
-  with pytest.raises(UserError, match=re.escape(path)) as error:
+  os.mkfifo(tmp_path / 'pipe.npz')
+  (tmp_path / 'loop.npz').symlink_to(tmp_path / 'loop.npz')
+  path = str(tmp_path / name) + ('.npz' if name in ('pipe', 'loop') else '')
+  with at_once(), pytest.raises(UserError, match=re.escape(path)) as error:
     data.array(path=path)
-  told = 'cannot read' if name.endswith('.npz') else 'neither a folder nor an .npz file'
+  told = (
+    'cannot read'
+    if path.endswith(('cut.npz', 'empty.npz'))
+    else 'neither a folder nor an .npz file'
+  )
   assert told in str(error.value)
   assert '\n' not in str(error.value)
 
@@ -423,6 +680,106 @@ def test_a_data_set_that_is_not_there_names_the_variable(name, monkeypatch, tmp_
   assert str(tmp_path) in str(error.value)
   assert '\n' not in str(error.value)
   assert not any(tmp_path.iterdir())  # nothing downloaded, nothing made
+
+
+INFO = {
+  'name': 'made',
+  'version': '1.0.0',
+  'fileFormat': 'array_record',
+  'moduleName': 'marker',
+  'splits': [
+    {'name': 'train', 'shardLengths': ['2'], 'numBytes': '9',
+     'filepathTemplate': '{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}'}
+  ],
+}  # fmt: skip
+STRANGE = {'pythonClassName': 'marker.Feature', 'pythonFeature': {}}
+FEATURES = {
+  'the whole': {'pythonClassName': 'marker.Features'},
+  'other case': {'python_class_name': 'marker.Features'},
+  'inside': {
+    'pythonClassName': 'tensorflow_datasets.core.features.features_dict.FeaturesDict',
+    'featuresDict': {'features': {'image': {'pythonClassName': 'marker.Image'}}},
+  },
+  'old': {'type': 'marker.Features', 'content': {}},
+  'old inside': {
+    'type': 'tensorflow_datasets.core.features.features_dict.FeaturesDict',
+    'content': json.dumps(
+      {'features': {'pythonClassName': {'pythonClassName': 'marker.Image'}}}
+    ).replace('python', '\\u0070ython'),
+    'proto_cls': 'tensorflow_datasets.FeaturesDict',
+  },
+}
+
+
+@pytest.mark.parametrize('name', ['made', 'made:1.0.0', 'made/small', 'cifar10:3.0.2'])
+@pytest.mark.parametrize('features', FEATURES)
+def test_features_of_a_data_set_run_no_code(features, name, tmp_path, monkeypatch):
+  (tmp_path / 'marker.py').write_text('raise SystemExit("imported")')
+  monkeypatch.syspath_prepend(tmp_path)
+  data_set, _, config = name.partition(':')[0].partition('/')
+  real = tmp_path / 'real' / config / ('3.0.2' if data_set == 'cifar10' else '1.0.0')
+  real.mkdir(parents=True)
+  (real / 'dataset_info.json').write_text(json.dumps(INFO | {'name': data_set}))
+  (real / 'features.json').write_text(json.dumps(FEATURES[features]))
+  (tmp_path / 'sets').mkdir()
+  (tmp_path / 'sets' / data_set).symlink_to(tmp_path / 'real')
+  with pytest.raises(UserError, match=r"not part of TFDS .'marker") as error:
+    data.tfds(name=name, data_dir=str(tmp_path / 'sets'))
+  assert '\n' not in str(error.value)
+  assert 'marker' not in sys.modules
+
+
+def test_a_data_set_without_its_records_is_refused(tmp_path):
+  folder = tmp_path / 'made' / '1.0.0'
+  folder.mkdir(parents=True)
+  (folder / 'dataset_info.json').write_text(json.dumps(INFO))
+  kinds = 'tensorflow_datasets.core.features'
+  image = {
+    'pythonClassName': f'{kinds}.image_feature.Image',
+    'image': {'dtype': 'uint8', 'shape': {'dimensions': ['4', '4', '3']}},
+  }
+  content = {
+    'pythonClassName': f'{kinds}.features_dict.FeaturesDict',
+    'featuresDict': {'features': {'image': image}},
+  }
+  (folder / 'features.json').write_text(json.dumps(content))
+  with pytest.raises(UserError, match="'made'") as error:
+    data.tfds(name='made', data_dir=str(tmp_path))
+  assert '\n' not in str(error.value)
+  (folder / 'made-train.array_record-00000-of-00001').write_bytes(b'no records')
+  with pytest.raises(UserError, match="'made'"):
+    data.tfds(name='made', data_dir=str(tmp_path))
+  for text in ('', '[' * 100_000, '\xff', '{"featuresDict": 3'):
+    (folder / 'features.json').write_text(text, encoding='latin-1')
+    with pytest.raises(UserError, match=r'cannot read .*features\.json'):
+      data.tfds(name='made', data_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    'huggingface:mnist',
+    'kaggle:x',
+    '../x',
+    '/etc',
+    'x/..',
+    'x/../x',
+    '',
+    'x\n',
+    'x/a=b',
+  ],
+)
+def test_a_name_that_tfds_would_look_for_elsewhere_is_refused(name, tmp_path):
+  with pytest.raises(UserError, match=r'config\.data\.name.*is no TFDS name') as error:
+    data.tfds(name=name, data_dir=str(tmp_path))
+  assert '\n' not in str(error.value)
+
+
+def test_data_in_a_bucket_is_refused(tmp_path):
+  with pytest.raises(UserError, match='gs://sets is not in a local or mounted folder'):
+    data.tfds(name='cifar10', data_dir='gs://sets')
+  with pytest.raises(UserError, match=r'gs://sets/x\.npz.*neither'):
+    data.array(path='gs://sets/x.npz')
 
 
 def test_no_module_of_cmjax_imports_tensorflow_or_torch():

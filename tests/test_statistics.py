@@ -81,6 +81,9 @@ def test_distance_computes_in_float64_whatever_the_features_are(dtype):
     ((5, 3), (1, 3)),
     ((5, 3), (5, 4)),
     ((5,), (5,)),
+    ((), (5, 3)),
+    ((5, 3), ()),
+    ((0, 3), (5, 3)),
     ((5, 2, 2),) * 2,
   ],
 )
