@@ -4,7 +4,6 @@ libtpu holds the compiler and a description of every topology, and needs no TPU.
 compiles here is the program a pod would run, with its memory and its collectives.
 """
 
-from collections.abc import Iterator
 import importlib.metadata
 import importlib.util
 import math
@@ -156,13 +155,18 @@ class Report(NamedTuple):
   seconds: float  # that the compilation took
 
 
-def compile_step(run: Run, effort: float = -1.0) -> Report:
+# XLA's levels of optimisation (O0, unset, O3) by effort, as numbers: jax 0.10 takes no
+# names, and later versions either.
+_LEVELS = {-1: 9, 0: 0, 1: 39}
+
+
+def compile_step(run: Run, effort: int = -1) -> Report:
   """Compiles the training step of a run for the devices of its mesh.
 
   Args:
     run: prepared for a mesh of `devices`, or of any that are here.
-    effort: how long the compiler may look for a faster program, from -1 to 1; 0 is what
-      a run on a TPU takes. It changes memory and collectives a little.
+    effort: how long the compiler may look for a faster program: -1, least; 0, as a run
+      on a TPU; 1, most. It changes memory and collectives a little.
   """
   begun = time.monotonic()
   state, batch = train.abstract_state(run), abstract_batch(run)
@@ -174,17 +178,14 @@ def compile_step(run: Run, effort: float = -1.0) -> Report:
     'batch': bytes_held(batch),
   }
   traced = train.compiled_step(run).trace(state, run.frozen, batch)
-  before = jax.config.jax_exec_time_optimization_effort
-  jax.config.update('jax_exec_time_optimization_effort', effort)
+  options = {'optimization_level': _LEVELS[effort]}
   try:
-    compiled = traced.lower().compile()
+    compiled = traced.lower().compile(compiler_options=options)
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
     seconds = time.monotonic() - begun
-    return Report(held, None, first_line(error), flops(traced.jaxpr), [], seconds)
-  finally:
-    jax.config.update('jax_exec_time_optimization_effort', before)
+    return Report(held, None, first_line(error), bench.flops(traced.jaxpr), [], seconds)
   seconds = time.monotonic() - begun
   size = compiled.memory_analysis()
   memory = Memory(
@@ -195,42 +196,7 @@ def compile_step(run: Run, effort: float = -1.0) -> Report:
     size.generated_code_size_in_bytes,
   )
   exchanged = collectives(compiled.as_text())
-  return Report(held, memory, '', flops(traced.jaxpr), exchanged, seconds)
-
-
-def flops(program: Any) -> float:
-  """Floating-point operations of the products and convolutions of a traced step.
-
-  Of the whole batch, on all chips together. Every tap of a convolution counts, also
-  where it meets padding; a scan counts as often as it runs, any other loop once, and of
-  branches the dearest. The compiler's own count takes each loop for one pass, and it
-  makes loops of its own to overlap products with collectives.
-  """
-  total = 0.0
-  for equation in program.eqns:
-    inner = [flops(part) for part in _programs(equation.params.values())]
-    if equation.primitive.name == 'dot_general':
-      (contracted, _), _ = equation.params['dimension_numbers']
-      sizes = [equation.invars[0].aval.shape[axis] for axis in contracted]
-      total += 2.0 * equation.outvars[0].aval.size * math.prod(sizes)
-    elif equation.primitive.name == 'conv_general_dilated':
-      kernel = equation.invars[1].aval
-      features = kernel.shape[equation.params['dimension_numbers'].rhs_spec[0]]
-      total += 2.0 * equation.outvars[0].aval.size * kernel.size / features
-    elif equation.primitive.name == 'cond':
-      total += max(inner)
-    else:
-      total += sum(inner) * equation.params.get('length', 1)
-  return total
-
-
-def _programs(values: Any) -> Iterator[Any]:
-  """The programs among the settings of an operation."""
-  for value in values:
-    if isinstance(value, (tuple, list)):
-      yield from _programs(value)
-    elif hasattr(value, 'jaxpr') or hasattr(value, 'eqns'):
-      yield value
+  return Report(held, memory, '', bench.flops(traced.jaxpr), exchanged, seconds)
 
 
 _KINDS = (
@@ -288,7 +254,7 @@ def _bytes(shape: str) -> int:
   return total
 
 
-def facts(run: Run, topology: str, effort: float, report: Report) -> dict[str, Any]:
+def facts(run: Run, topology: str, effort: int, report: Report) -> dict[str, Any]:
   """All of a report and of what it is of, for JSON; sizes in bytes unless named."""
   chip = CHIPS[_parsed(topology)[1]]
   memory, usable = report.memory, chip.usable * GIB

@@ -1,6 +1,7 @@
 """How fast a run is on the devices at hand: step, parts, data and memory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import math
 import statistics
 import time
 from typing import Any
@@ -25,10 +26,17 @@ PEAKS = {
   'TPU v6 lite': 918e12,
 }
 WARM_UP, LEAST_ROUNDS, MOST_ROUNDS, ROUND_S = 3, 5, 50, 20.0
+WINDOW_S = 2.0
+_MATRICES = (512, 1024, 2048)  # which is fastest depends on the caches
 
 
 def seconds(call: Callable[[], Any]) -> float:
-  """The median time of a call, each waited for, after some that are not counted."""
+  """The median time of a call."""
+  return statistics.median(_rounds(call))
+
+
+def _rounds(call: Callable[[], Any]) -> list[float]:
+  """Times of a call, each waited for, after some that are not counted."""
   for _ in range(WARM_UP):
     jax.block_until_ready(call())
   took, begun = [], time.perf_counter()
@@ -38,23 +46,61 @@ def seconds(call: Callable[[], Any]) -> float:
     start = time.perf_counter()
     jax.block_until_ready(call())
     took.append(time.perf_counter() - start)
-  return statistics.median(took)
+  return took
 
 
 def peak_flops() -> tuple[float, str]:
-  """FLOP/s of one device, and where the number is from.
+  """FLOP/s of one device, and what the number is.
 
-  For a device that is not in `PEAKS`, such as a CPU, what a large float32 product of
-  matrices reaches there.
+  For a device that is not in `PEAKS`, such as a CPU, the most that a float32 product of
+  matrices reached in any round.
   """
   kind = jax.devices()[0].device_kind
   for name in sorted(PEAKS, key=len, reverse=True):
     if kind.startswith(name):
-      return PEAKS[name], f'{name}, bfloat16, data sheet'
-  n = 2048
-  a = jnp.ones((n, n), jnp.float32)
+      return PEAKS[name], f'the bfloat16 peak of {name}'
   multiply = jax.jit(jnp.matmul)
-  return 2 * n**3 / seconds(lambda: multiply(a, a)), f'{kind}, measured float32 matmul'
+
+  def fastest(n):
+    a = jnp.ones((n, n), jnp.float32)
+    return 2 * n**3 / min(_rounds(lambda: multiply(a, a)))
+
+  return max(map(fastest, _MATRICES)), 'the fastest float32 matmul measured'
+
+
+def flops(program: Any) -> float:
+  """Floating-point operations of the products and convolutions of a traced step.
+
+  Of the whole batch, on all chips together. Every tap of a convolution counts, also
+  where it meets padding; a scan counts as often as it runs, any other loop once, and of
+  branches the dearest. The compiler's own count takes each loop for one pass, and it
+  makes loops of its own to overlap products with collectives.
+  """
+  total = 0.0
+  for equation in program.eqns:
+    inner = [flops(part) for part in _programs(equation.params.values())]
+    if equation.primitive.name == 'dot_general':
+      (contracted, _), _ = equation.params['dimension_numbers']
+      sizes = [equation.invars[0].aval.shape[axis] for axis in contracted]
+      total += 2.0 * equation.outvars[0].aval.size * math.prod(sizes)
+    elif equation.primitive.name == 'conv_general_dilated':
+      kernel = equation.invars[1].aval
+      features = kernel.shape[equation.params['dimension_numbers'].rhs_spec[0]]
+      total += 2.0 * equation.outvars[0].aval.size * kernel.size / features
+    elif equation.primitive.name == 'cond':
+      total += max(inner)
+    else:
+      total += sum(inner) * equation.params.get('length', 1)
+  return total
+
+
+def _programs(values: Any) -> Iterator[Any]:
+  """The programs among the settings of an operation."""
+  for value in values:
+    if isinstance(value, (tuple, list)):
+      yield from _programs(value)
+    elif hasattr(value, 'jaxpr') or hasattr(value, 'eqns'):
+      yield value
 
 
 def measure(run: Run) -> dict[str, Any]:
@@ -64,15 +110,15 @@ def measure(run: Run) -> dict[str, Any]:
   batch = train.batch(run, 0)
   jax.block_until_ready((state, batch))
   ready = time.perf_counter()
-  lowered = train.compiled_step(run).lower(state, run.frozen, batch)
+  program = train.compiled_step(run).trace(state, run.frozen, batch)
+  lowered = program.lower()
   traced = time.perf_counter()
   step = lowered.compile()
   compiled = time.perf_counter()
-  flops = step.cost_analysis().get('flops', 0.0)  # of one device
+  flops_a_device = flops(program.jaxpr) / run.mesh.size
   memory = step.memory_analysis()
   stepper = Stepper(run, step, state)
-  step_s = seconds(lambda: stepper(batch))
-  waiting, loop_s = _waiting(run, stepper, batch)
+  step_s, loop_s = _loops(run, stepper, batch)
   peak, peak_of = peak_flops()
   size = run.config.batch_size
   in_use = (jax.local_devices()[0].memory_stats() or {}).get('peak_bytes_in_use', 0)
@@ -87,12 +133,12 @@ def measure(run: Run) -> dict[str, Any]:
     'step_s': step_s,
     'images_per_s': size / step_s,
     'loop_images_per_s': size / loop_s,
-    'waiting_for_data': waiting,
-    'flops_a_device': flops,
-    'flops_per_s_a_device': flops / step_s,
+    'waiting_for_data': max(0.0, 1 - step_s / loop_s),
+    'flops_a_device': flops_a_device,
+    'flops_per_s_a_device': flops_a_device / step_s,
     'peak_flops_per_s': peak,
     'peak_of': peak_of,
-    'mfu': flops / step_s / peak,
+    'of_peak': flops_a_device / step_s / peak,
     'argument_bytes': memory.argument_size_in_bytes,
     'temporary_bytes': memory.temp_size_in_bytes,
     'peak_bytes_in_use': in_use,  # 0 where the device does not say
@@ -123,12 +169,12 @@ class Stepper:
     jax.block_until_ready((self.state, ahead))
 
 
-def _waiting(run: Run, stepper: Stepper, batch: Any) -> tuple[float, float]:
-  """The share of time that the data costs the loop, and the loop's time for a step.
+def _loops(run: Run, stepper: Stepper, batch: Batch) -> tuple[float, float]:
+  """A step's time in the loop of training, with one batch and with the data.
 
-  Windows with data and with one batch alternate.
+  Medians over windows of many steps, of the one and the other kind in turn.
   """
-  steps = max(3, min(100, round(2.0 / seconds(lambda: stepper(batch)))))
+  steps = max(3, min(500, round(WINDOW_S / seconds(lambda: stepper(batch)))))
 
   def window(next_batch):
     start = time.perf_counter()
@@ -136,10 +182,10 @@ def _waiting(run: Run, stepper: Stepper, batch: Any) -> tuple[float, float]:
     return (time.perf_counter() - start) / steps
 
   pairs = [
-    (window(lambda i: train.batch(run, i)), window(lambda i: batch)) for _ in range(7)
+    (window(lambda i: batch), window(lambda i: train.batch(run, i))) for _ in range(7)
   ]
-  share = statistics.median(1 - without / with_data for with_data, without in pairs)
-  return max(0.0, share), statistics.median(with_data for with_data, _ in pairs)
+  alone, with_data = map(statistics.median, zip(*pairs))
+  return alone, with_data
 
 
 def _parts(run: Run, state: TrainState) -> dict[str, Callable[[], Any]]:
@@ -215,13 +261,13 @@ def report(found: dict[str, Any]) -> str:
     'devices': f'{found["devices"]} x {found["device_kind"]}',
     'to trace and lower': f'{found["trace_s"]:.1f} s',
     'to compile, or find in the cache': f'{found["compile_s"]:.1f} s',
-    'a step, median': f'{1e3 * found["step_s"]:.1f} ms',
+    'a step': f'{1e3 * found["step_s"]:.1f} ms',
     'images a second, step alone': f'{found["images_per_s"]:.1f}',
     'images a second, with data': f'{found["loop_images_per_s"]:.1f}',
     'time waiting for data': f'{found["waiting_for_data"]:.1%}',
     'FLOPs a step and device': f'{found["flops_a_device"]:.3g}',
     'FLOP/s a device': f'{found["flops_per_s_a_device"]:.3g}',
-    f'of the peak ({found["peak_of"]})': f'{found["mfu"]:.1%}',
+    f'of {found["peak_of"]}': f'{found["of_peak"]:.1%}',
     'arguments, temporaries a device': (
       f'{found["argument_bytes"] / gib:.3f}, {found["temporary_bytes"] / gib:.3f} GiB'
     ),

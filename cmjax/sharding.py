@@ -5,12 +5,15 @@ parameters, averages and optimiser state over its axis `fsdp`, which has one dev
 where each is to hold the whole.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+import hashlib
+import itertools
+import json
 import math
 from typing import Any
 
 import jax
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
@@ -44,6 +47,50 @@ def start(coordinator: str = '', processes: int = 0, process: int = -1) -> None:
       f'--distributed: {first_line(error)}; outside TPU pods, GKE and Slurm give '
       '--coordinator=HOST:PORT --processes=N --process=I'
     ) from error
+
+
+def all_true(well: bool) -> bool:
+  """Whether it is true in every process; every process must ask."""
+  return bool(np.all(multihost_utils.process_allgather(np.array(well))))
+
+
+def check_same(texts: Mapping[str, str]) -> None:
+  """Refuses a job whose processes were given different things; every process must ask.
+
+  Args:
+    texts: what to compare, by name.
+
+  Raises: UserError, the same in every process, naming the first line that differs.
+  """
+  if jax.process_count() == 1:
+    return
+  own = np.frombuffer(json.dumps(dict(texts), sort_keys=True).encode(), np.uint8)
+  digest = np.frombuffer(hashlib.sha256(own).digest(), np.uint8)
+  digests = multihost_utils.process_allgather(digest)
+  if np.all(digests == digests[0]):
+    return
+  sizes = multihost_utils.process_allgather(np.array(len(own)))
+  padded = np.pad(own, (0, np.max(sizes) - len(own)))
+  rows = multihost_utils.process_allgather(padded)
+  each = [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes)]
+  raise UserError(difference(each))
+
+
+def difference(each: Sequence[Mapping[str, str]]) -> str:
+  """The first line in which the texts of a process are not those of process 0."""
+  for name in sorted(set().union(*each)):
+    ours, *others = (texts.get(name, '').split('\n') for texts in each)
+    differing = [i for i, theirs in enumerate(others, 1) if theirs != ours]
+    if differing:
+      pairs = itertools.zip_longest(others[differing[0] - 1], ours, fillvalue='')
+      lines = next(pair for pair in pairs if pair[0] != pair[1])
+      a, b = (line.strip(' ,')[:80] or 'nothing' for line in lines)
+      also = f' (others that differ: {differing[1:]})' if differing[1:] else ''
+      return (
+        f'{name}: process {differing[0]} has {a}, process 0 has {b}{also}; give every '
+        'process the same'
+      )
+  return ''
 
 
 def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -256,9 +256,13 @@ def compare(peer: str, given: argparse.Namespace, result: dict[str, Any]) -> Non
       Side(task, sys.executable, given.out / f'{peer}_ours.log')
     ) as ours:
       result['device'] = ours.facts['device'] or _processor()
+      result['xla_flags'] = ours.facts['xla_flags']
       known = variants(peer, given.precision, ours.facts['platform'])
       if not known:
         raise CannotRunError(f'it has no {given.precision}')
+      known = [variant for variant in known if given.variant in ('', variant)]
+      if not known:
+        raise CannotRunError(f'it has no variant {given.variant!r}')
       for variant in known:
         say(f'{peer}, {variant}: builds and warms up')
         task |= {'side': peer, 'checkout': str(getattr(given, peer))}
@@ -362,6 +366,7 @@ def parsed(argv: list[str]) -> argparse.Namespace:
   )
   flags.add_argument('--batch', type=int, help='images a step')
   flags.add_argument('--precision', default='float32', choices=['float32', 'bfloat16'])
+  flags.add_argument('--variant', default='', help='one of them alone, such as eager')
   flags.add_argument('--rounds', default=7, type=int)
   flags.add_argument('--seconds', default=4.0, type=float, help='of a turn, about')
   flags.add_argument('--threads', default=_cores(), type=int, help='all cores')
@@ -407,7 +412,7 @@ def main(argv: list[str]) -> int:
   result = {
     'date': datetime.date.today().isoformat(),
     'load': os.getloadavg()[0],
-    'xla_flags': os.environ.get('XLA_FLAGS', ''),
+    'xla_flags': '',  # of ours
     'settings': {key: getattr(given, key) for key in ('rounds', 'seconds', 'threads')},
     'sides': {},
     'rows': [],

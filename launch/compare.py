@@ -114,7 +114,7 @@ def make(place: Path, data: str, name: str, row: Row, seed: int) -> Path:
   """The work directory of one trained and evaluated run."""
   home = place / f'{"_".join(re.findall("[a-z0-9_.=]+", name))}_{seed}'
   home.mkdir(parents=True, exist_ok=True)
-  options = [f'--config=configs/{row.config}.py:{data}', f'--config.seed={seed}']
+  options = [f'--config={row.config}:{data}', f'--config.seed={seed}']
   options += [*QUIET, *COMMON[data], *row.options]
   if row.start:
     key = 'teacher' if row.distils else 'init_from'

@@ -15,8 +15,8 @@ export JAX_PLATFORMS=cpu
 export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices"
 
 pids=()
-trap 'kill "${pids[@]}" 2>/dev/null' INT
-trap 'kill -TERM "${pids[@]}" 2>/dev/null' TERM
+trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' HUP INT TERM
+trap 'kill -KILL "${pids[@]}" 2>/dev/null || true; wait' EXIT
 for ((i = 0; i < processes; i++)); do
   cmjax "$@" --coordinator="localhost:$port" \
     --processes="$processes" --process="$i" &
@@ -33,12 +33,13 @@ for ((left = processes; left > 0; left--)); do
   done
   if [ "$code" -ne 0 ]; then
     for i in "${!pids[@]}"; do
-      [ "${pids[$i]}" = "$ended" ] || continue
-      echo "local_pod: process $i ended with code $code; stopping the others" >&2
+      if [ "${pids[$i]}" = "$ended" ]; then
+        echo "local_pod: process $i ended with code $code; stopping the others" >&2
+      elif [[ $(ps -o stat= -p "${pids[$i]}" || true) = T* ]]; then
+        echo "local_pod: process $i is stopped by a signal and does not answer" >&2
+      fi
     done
     sleep 2  # for what they have to say
-    kill -KILL "${pids[@]}" 2>/dev/null || true
-    wait
     exit "$code"
   fi
 done

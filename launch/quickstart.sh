@@ -11,8 +11,8 @@ cd "$root"
 source launch/environment.sh
 begun=$SECONDS
 
-cmjax --config=configs/edm.py:digits --workdir="$out/teacher"
-cmjax --config=configs/ect.py:digits --workdir="$out/student" \
+cmjax --config=edm:digits --workdir="$out/teacher"
+cmjax --config=ect:digits --workdir="$out/student" \
   --config.init_from="$out/teacher"
 for model in teacher student; do
   cmjax --workdir="$out/$model" --mode=sample

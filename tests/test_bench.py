@@ -3,12 +3,14 @@
 import time
 
 import jax
+import jax.numpy as jnp
 import pytest
 
-from cmjax import bench
+from cmjax import bench, train
 from cmjax import config as configs
 from cmjax import run as runs
 from tests.conftest import ROOT
+from tests.test_train import small
 
 
 @pytest.fixture(scope='module')
@@ -21,6 +23,7 @@ def found(one_device):
   config.init_from = ''
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(bench, 'ROUND_S', 0.05)
+    patch.setattr(bench, 'WINDOW_S', 0.05)
     yield bench.measure(runs.prepare(config, one_device))
 
 
@@ -29,15 +32,44 @@ def test_every_part_takes_some_time_and_less_than_all(found):
     found['parts']
   )
   assert all(took > 0 for took in found['parts'].values())
-  assert found['images_per_s'] == pytest.approx(16 / found['step_s'])
-  assert 0 <= found['waiting_for_data'] < 1
-  assert 0 < found['mfu'] < 1
   assert found['flops_a_device'] > 1e5
+
+
+def test_the_numbers_of_one_report_agree(found):
+  alone, with_data = found['images_per_s'], found['loop_images_per_s']
+  assert alone == pytest.approx(16 / found['step_s'])
+  assert found['waiting_for_data'] == pytest.approx(max(0, 1 - with_data / alone))
+  assert found['flops_per_s_a_device'] == found['flops_a_device'] / found['step_s']
+  share = found['flops_per_s_a_device'] / found['peak_flops_per_s']
+  assert 0 < found['of_peak'] == share < 1
+
+
+def test_data_that_takes_as_long_as_a_step_is_waited_for(monkeypatch, one_device):
+  run = runs.prepare(small(network__width=16, network__blocks=1), one_device)
+  batch = train.batch(run, 0)
+
+  class Sleeper(bench.Stepper):
+    def __call__(self, batch):
+      time.sleep(0.01)
+      return {}
+
+  def slow(run, step):
+    time.sleep(0.01)
+    return batch
+
+  monkeypatch.setattr(train, 'batch', slow)
+  monkeypatch.setattr(bench, 'ROUND_S', 0.0)
+  monkeypatch.setattr(bench, 'WINDOW_S', 0.05)
+  alone, with_data = bench._loops(run, Sleeper(run, None, None), batch)
+  assert alone >= 0.01
+  assert with_data >= 0.02
+  assert with_data == pytest.approx(2 * alone, rel=0.5)  # sleeps are never exact
 
 
 def test_the_report_says_what_was_measured(found):
   text = bench.report(found)
-  assert f'| a step, median | {1e3 * found["step_s"]:.1f} ms |' in text
+  assert f'| a step | {1e3 * found["step_s"]:.1f} ms |' in text
+  assert '| of the fastest float32 matmul measured | ' in text
   assert '| stable field | ' in text
 
 
@@ -53,4 +85,58 @@ def test_seconds_are_the_median_and_wait_for_the_result():
 def test_a_known_device_has_the_peak_of_its_data_sheet(kind, name, monkeypatch):
   device = type('Device', (), {'device_kind': kind})
   monkeypatch.setattr(jax, 'devices', lambda: [device])
-  assert bench.peak_flops() == (bench.PEAKS[name], f'{name}, bfloat16, data sheet')
+  assert bench.peak_flops() == (bench.PEAKS[name], f'the bfloat16 peak of {name}')
+
+
+def test_an_unknown_device_has_the_best_of_all_rounds_and_sizes(monkeypatch):
+  monkeypatch.setattr(bench, '_MATRICES', (8, 4))
+  rounds = iter([[2.0, 1.0, 3.0], [0.5, 0.25, 1.0]])
+  monkeypatch.setattr(bench, '_rounds', lambda call: next(rounds))
+  assert bench.peak_flops()[0] == max(2 * 8**3 / 1.0, 2 * 4**3 / 0.25)
+
+
+# Floating-point operations ---------------------------------------------------------
+
+
+def traced_flops(f, *shapes):
+  args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+  return bench.flops(jax.jit(f).trace(*args).jaxpr)
+
+
+def conv(x, w):
+  numbers = ('NHWC', 'HWIO', 'NHWC')
+  return jax.lax.conv_general_dilated(x, w, (1, 1), 'SAME', dimension_numbers=numbers)
+
+
+def test_products_and_convolutions_are_counted_as_often_as_they_run():
+  product = 2 * 4 * 5 * 6
+  assert traced_flops(jnp.matmul, (4, 5), (5, 6)) == product
+  assert traced_flops(conv, (2, 8, 8, 3), (3, 3, 3, 7)) == 2 * 2 * 64 * 7 * 27
+  square = traced_flops(jnp.matmul, (4, 4), (4, 4))
+
+  def scanned(x, ws):
+    return jax.lax.scan(lambda x, w: (x @ w, None), x, ws)[0]
+
+  assert traced_flops(scanned, (4, 4), (7, 4, 4)) == 7 * square
+
+
+def test_the_gradient_costs_twice_and_recomputing_once_more():
+  shapes = (4, 8), (8, 8)
+
+  def loss(x, w):
+    return jnp.sum(jnp.matmul(jnp.sin(jnp.matmul(x, w)), w) ** 2)
+
+  once = traced_flops(loss, *shapes)
+  assert traced_flops(jax.grad(loss, (0, 1)), *shapes) == 3 * once
+  again = traced_flops(jax.grad(jax.checkpoint(loss), (0, 1)), *shapes)
+  assert 3 * once < again <= 4 * once
+
+
+def test_parts_of_a_batch_take_as_many_operations_as_the_whole(one_device):
+  def counted(accumulate):
+    run = runs.prepare(small(accumulate=accumulate), one_device)
+    state = train.abstract_state(run)
+    traced = train.compiled_step(run).trace(state, run.frozen, train.batch(run, 0))
+    return bench.flops(traced.jaxpr)
+
+  assert counted(2) == counted(1) > 0

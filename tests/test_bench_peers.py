@@ -78,6 +78,7 @@ def test_our_side_takes_its_turns(bench, tmp_path):
   }
   side = bench.Side(task, sys.executable, tmp_path / 'log.txt')
   assert side.facts['parameters'] > 0
+  assert '--xla_' in side.facts['xla_flags']  # those of the tests, and cmjax's own
   assert set(side.facts['per_call']) == {'train', 'sample'}
   assert side.seconds('train', 1) > 0
   assert side.seconds('sample', 2) > 0
@@ -116,6 +117,7 @@ class FakeSide:
     self.facts = {
       'python': '3.11',
       'versions': {'jax': '1'},
+      'xla_flags': '--xla_some=1',
       'platform': 'cpu',
       'device': 'a CPU',
       'parameters': 7 if task.get('variant') == 'compile' else 3_500_000,
@@ -145,3 +147,14 @@ def test_every_variant_has_rows_and_other_networks_are_refused(
   rows = json.loads((out / 'bench_peers.json').read_text())['rows']
   assert len(rows) == 6
   assert rows[0]['ours_seconds'] == [0.5] * 3
+  assert "XLA_FLAGS='--xla_some=1'" in text
+
+
+def test_one_variant_can_be_chosen(bench, checkout, capsys, monkeypatch):
+  monkeypatch.setattr(bench, 'Side', FakeSide)
+  flags = [f'--ect={checkout}', f'--out={checkout / "out"}']
+  assert bench.main([*flags, '--variant=eager']) == 0
+  rows = json.loads((checkout / 'out' / 'bench_peers.json').read_text())['rows']
+  assert [row['variant'] for row in rows] == ['eager'] * 2
+  assert bench.main([*flags, '--variant=lazy']) == 2
+  assert "it has no variant 'lazy'" in capsys.readouterr().err

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -101,18 +102,21 @@ def test_one_process_that_is_told_to_stop_is_enough(pod, tmp_path):
   os.kill(pids[-1], signal.SIGTERM)
   text = output(running)
   assert running.returncode == 0, text
-  (step,) = re.findall(r'told to stop: saved step (\d+)', text)
+  (step,) = re.findall(r'to stop: saved step (\d+)', text)
   assert (tmp_path / 'checkpoints' / step).is_dir()
 
 
-def test_a_process_that_dies_takes_the_others_with_it(pod):
+def test_a_process_that_dies_takes_the_others_with_it_also_a_stopped_one(pod):
   running, pids = pod
   begun = time.monotonic()
+  os.kill(pids[0], signal.SIGSTOP)
   os.kill(pids[-1], signal.SIGKILL)
   text = output(running)
   assert running.returncode == 128 + signal.SIGKILL, text
   assert 'local_pod: process 1 ended with code 137; stopping the others' in text
+  assert 'local_pod: process 0 is stopped by a signal and does not answer' in text
   assert time.monotonic() - begun < 60
+  assert not any(Path(f'/proc/{pid}').exists() for pid in pids)
 
 
 def test_processes_without_a_coordinator_are_refused(tmp_path):
@@ -120,3 +124,40 @@ def test_processes_without_a_coordinator_are_refused(tmp_path):
   text = output(lone)
   assert lone.returncode == 2
   assert text == 'cmjax: --processes and --process go with --coordinator=HOST:PORT\n'
+
+
+AGREE = """
+import sys
+from cmjax import core, sharding
+port, process = int(sys.argv[1]), int(sys.argv[2])
+sharding.start(f'localhost:{port}', 2, process)
+sharding.check_same({'config': 'seed: 1'})
+print(sharding.all_true(True), sharding.all_true(process == 0))
+try:
+  sharding.check_same({'config': f'batch_size: 32\\nseed: {process}' + process * ' '})
+except core.UserError as error:
+  print(error)
+"""
+
+
+def test_processes_agree_or_all_say_where_they_differ():
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    port = free.getsockname()[1]
+  flags = os.environ['XLA_FLAGS'].replace('device_count=8', 'device_count=2')
+  started = [
+    subprocess.Popen(
+      [sys.executable, '-c', AGREE, str(port), str(process)],
+      cwd=ROOT,
+      env=os.environ | {'XLA_FLAGS': flags},
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+    for process in range(2)
+  ]
+  said = 'config: process 1 has seed: 1, process 0 has seed: 0; give every process the'
+  for process in started:
+    agreed, refusal = output(process).splitlines()[-2:]  # gloo has lines of its own
+    assert process.returncode == 0
+    assert agreed == 'True False'
+    assert refusal == f'{said} same'

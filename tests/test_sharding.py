@@ -67,3 +67,23 @@ def test_a_batch_that_does_not_divide_is_refused_with_one_that_does(batch_size, 
   with pytest.raises(core.UserError, match=f'where: {batch_size} .* 8 .* is {advice}$'):
     sharding.check_divisible(batch_size, mesh, 'where')
   sharding.check_divisible(advice, mesh, 'where')
+
+
+def test_the_first_line_that_differs_is_named_with_its_processes():
+  config = '{\n  "batch_size": 32,\n  "seed": 1\n}'
+  other = config.replace('1', '2')
+  told = 'config: process 2 has "seed": 2, process 0 has "seed": 1'
+  same = {'a': '', 'config': config}
+  assert sharding.difference([same, same]) == ''
+  found = sharding.difference([same, same, same | {'config': other}])
+  assert found == f'{told}; give every process the same'
+  found = sharding.difference([same, same, same | {'config': other}, {'config': other}])
+  assert found == f'{told} (others that differ: [3]); give every process the same'
+  found = sharding.difference([{'config': config}, {}])
+  assert found.startswith('config: process 1 has nothing, process 0 has {; ')
+
+
+def test_one_process_agrees_with_itself():
+  sharding.check_same({'config': 'x'})
+  assert sharding.all_true(True) is True
+  assert sharding.all_true(False) is False

@@ -1,6 +1,7 @@
 """Our side of `bench_peers`: what `cmjax --mode=train` does, and one-step sampling."""
 
 import itertools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def build(task: dict[str, Any]) -> dict[str, Any]:
   device = jax.devices()[0]
   return {
     'versions': {'jax': jax.__version__},
+    'xla_flags': os.environ.get('XLA_FLAGS', ''),  # with those of cmjax's own
     'platform': device.platform,
     'device': '' if device.platform == 'cpu' else device.device_kind,
     'parameters': sum(a.size for a in jax.tree.leaves(stepper.state.params)),
