@@ -1,0 +1,7 @@
+"""Consistency models in JAX."""
+
+from cmjax import startup
+
+__version__ = '0.3.0.dev0'
+
+startup.fast_convolutions()

@@ -1,38 +1,52 @@
-"""ConfigDict -> checked values -> built functions: the only door for ml_collections.
+"""Files and flags -> a checked ConfigDict; JSON and back; what differs.
 
-A part of a config names a function by import path, `fn='package.module:function'`, and
-the function's signature is the part's schema. `build` checks the one against the other.
+A config of the user's own command line is code that is trusted. One that came with
+weights, or any `.json`, is data: the functions it names are `build.Foreign`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-import difflib
-import importlib
+import ast
+from collections.abc import Iterable, Iterator, Mapping
 import importlib.util
-import inspect
 import json
 from pathlib import Path
 import sys
-import typing
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_collections
-from ml_collections import config_flags
 
-from cmjax.core import Model, Network, UserError
+from cmjax import build
+from cmjax.core import UserError, first_line
 
 ConfigDict = ml_collections.ConfigDict
 
 REQUIRED = '?'  # the value of a key that has no default and must be given
+MOST_STEPS = 2**31 - 1  # a step is an int32
+
+
+class Number(NamedTuple):
+  """A key of the top level that holds a number, and its bounds, both included."""
+
+  kind: type
+  low: float
+  high: float
+
+
+def _count(low: int, high: int = 2**24) -> Number:
+  return Number(int, low, high)
+
+
+_SEED = _count(0, 2**32 - 1)  # jax keeps 32 bits of a seed: others would be the same
+_OFTEN = _count(0, MOST_STEPS)
 
 # The top level of a config. A part is a dict with `fn`, or empty where it may be left
 # out; parts are dicts of parts under names of the user's choice.
 SCHEMA = {
-  'seed': int,
-  'batch_size': int,
-  'total_images': int,
-  'grad_clip_norm': float,
-  'accumulate': int,
-  'max_skipped_steps': int,
+  'seed': _SEED,
+  'batch_size': _count(1),
+  'total_images': _count(1, 2**53),
+  'grad_clip_norm': Number(float, 0.0, 1e30),
+  'accumulate': _count(1),
+  'max_skipped_steps': _OFTEN,
   'init_from': str,
   'teacher': str,
   'sample_weights': str,
@@ -49,72 +63,135 @@ SCHEMA = {
   'samplers': 'parts',
   'metrics': 'parts',
   'studies': 'parts',
-  'evaluation': {'samples': int, 'batch_size': int, 'seed': int, 'pictured': int},
-  'every': {
-    'log_steps': int,
-    'picture_steps': int,
-    'evaluate_steps': int,
-    'checkpoint_steps': int,
+  'evaluation': {
+    'samples': _count(2),
+    'batch_size': _count(1),
+    'seed': _SEED,
+    'pictured': _count(1, 2**16),
   },
-  'keep_checkpoints': int,
+  'every': {
+    'log_steps': _count(1, MOST_STEPS),
+    'picture_steps': _OFTEN,
+    'evaluate_steps': _OFTEN,
+    'checkpoint_steps': _count(1, MOST_STEPS),
+  },
+  'keep_checkpoints': _count(1),
 }
-POSITIVE = (
-  'batch_size',
-  'total_images',
-  'accumulate',
-  'evaluation.samples',
-  'evaluation.batch_size',
-  'evaluation.pictured',
-  'every.log_steps',
-  'every.checkpoint_steps',
-  'keep_checkpoints',
-)
-NOT_NEGATIVE = (
-  'seed',
-  'grad_clip_norm',
-  'max_skipped_steps',
-  'evaluation.seed',
-  'every.picture_steps',
-  'every.evaluate_steps',
-)
 
 
-def define_flag(name: str) -> Any:
-  """Defines --name=FILE and --name.key=value; returns the flag holder."""
-  return config_flags.DEFINE_config_file(name, None, 'Path of a config file.')
+# Where configs are -------------------------------------------------------------------
 
 
-def load(path: str | Path) -> ConfigDict:
-  """The resolved config of `FILE` or `FILE:ARGUMENT`, checked.
+def shipped() -> dict[str, str]:
+  """The configs that come with cmjax, by name: the first line of each."""
+  found = {}
+  for path in sorted(_shipped_folder().glob('[a-z]*.py')):
+    if path.stem != 'parts':
+      text = path.read_text(encoding='utf-8')
+      found[path.stem] = ast.get_docstring(ast.parse(text)).splitlines()[0]
+  return found
 
-  Raises: UserError if there is no such file, it does not take the argument, or a key
+
+def _shipped_folder() -> Path:
+  return Path(importlib.util.find_spec('cmjax.configs').origin).parent
+
+
+def load(name: str | Path, trust: Iterable[str] = ()) -> ConfigDict:
+  """The config of `NAME`, `FILE.py` or `RUN/config.json`, checked.
+
+  Args:
+    name: a config that ships (`ect`), a Python file with a function `get_config`, or
+      the `config.json` of a run; the first two with `:ARGUMENT` if they take one.
+    trust: packages whose functions a `.json` may name.
+
+  Raises: UserError if there is no such config, it does not take the argument, or a key
     is unknown, missing or of the wrong type.
   """
-  path, _, argument = str(path).partition(':')
-  path = Path(path)
+  file, _, argument = str(name).partition(':')
+  path = Path(file)
+  if path.suffix == '.json':
+    if not path.is_file():
+      raise UserError(f'--config: no file {file!r}')
+    return checked(completed(read_json(path, trust)))
+  if path.suffix != '.py':
+    known = shipped()
+    if file not in known:
+      raise UserError(
+        f'--config: no config {file!r}{build.hint(file, known)}; a file of your own '
+        'ends with .py'
+      )
+    path = _shipped_folder() / f'{file}.py'
   if not path.is_file():
-    raise UserError(f'config: no file {path}; see configs/ for those that ship')
-  allow_imports_beside(path)
-  spec = importlib.util.spec_from_file_location(f'config_{path.stem}', path)
+    raise UserError(
+      f'--config: no file {file!r}; cmjax --mode=configs lists those that ship'
+    )
+  return checked(_called(path, argument, str(name)))
+
+
+def _called(path: Path, argument: str, name: str) -> Any:
+  """What `get_config` of a file returns."""
+  folder = path.resolve().parent
+  package = 'cmjax.configs.' if folder == _shipped_folder().resolve() else 'config_'
+  allow_imports_from(folder)
+  spec = importlib.util.spec_from_file_location(package + path.stem, path)
   module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
+  with build.user_errors(f'--config={name}'):
+    spec.loader.exec_module(module)
+    if not hasattr(module, 'get_config'):
+      raise UserError(f'--config={path}: has no function get_config')
+    try:
+      return module.get_config(*([argument] if argument else []))
+    except UserError as error:
+      raise UserError(f'--config={name}: {error}') from error
+
+
+def allow_imports_from(folder: str | Path) -> None:
+  """Lets a config import, and name functions of, the modules in a folder.
+
+  They come last: nothing that is installed can be hidden by them.
+  """
+  if str(folder) not in sys.path:
+    sys.path.append(str(folder))
+
+
+# JSON --------------------------------------------------------------------------------
+
+
+def read_json(path: str | Path, trust: Iterable[str] = ()) -> ConfigDict:
+  """The config in a file that `to_json` wrote. Raises: UserError if it holds none."""
   try:
-    config = module.get_config(*([argument] if argument else []))
-  except ValueError as error:
-    raise UserError(f'--config={path}:{argument}: {error}') from error
-  return checked(config)
+    text = Path(path).read_text(encoding='utf-8')
+  except (OSError, UnicodeError) as error:
+    raise UserError(f'{path}: cannot be read ({first_line(error)})') from error
+  return from_json(text, str(path), trust)
 
 
-def allow_imports_beside(path: str | Path) -> None:
-  """Lets a config file import the modules of its own folder, such as `parts`."""
-  folder = str(Path(path).resolve().parent)
-  if folder not in sys.path:
-    sys.path.insert(0, folder)
+def from_json(
+  text: str, where: str = 'config', trust: Iterable[str] = ()
+) -> ConfigDict:
+  """The config that `to_json` wrote, its functions foreign but those of `trust`.
+
+  Raises: UserError if it is none.
+  """
+  try:
+    value = json.loads(text)
+    if not isinstance(value, dict) or not value:
+      raise ValueError('not an object with keys')
+    packages = (trust,) if isinstance(trust, str) else tuple(trust)
+    return ConfigDict(_from_data(value, packages))
+  except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    raise UserError(f'{where}: holds no config ({first_line(error)})') from error
 
 
-def from_json(text: str) -> ConfigDict:
-  """The config that `to_json` wrote."""
-  return ConfigDict(_tuples(json.loads(text)))
+def _from_data(value: Any, trust: tuple[str, ...]) -> Any:
+  if isinstance(value, dict):
+    found = {key: _from_data(item, trust) for key, item in value.items()}
+    if isinstance(found.get('fn'), str):
+      found['fn'] = build.Foreign(found['fn'], trust)
+    return found
+  if isinstance(value, list):
+    return tuple(_from_data(item, trust) for item in value)
+  return value
 
 
 def to_json(config: ConfigDict) -> str:
@@ -122,10 +199,98 @@ def to_json(config: ConfigDict) -> str:
   return json.dumps(config.to_dict(), indent=2, sort_keys=True)
 
 
-def _tuples(value: Any) -> Any:
-  if isinstance(value, dict):
-    return {key: _tuples(item) for key, item in value.items()}
-  return tuple(map(_tuples, value)) if isinstance(value, list) else value
+def completed(config: ConfigDict) -> ConfigDict:
+  """A run's config with the keys that did not exist when it was written."""
+  from cmjax.configs import parts  # imports jax for nothing else
+
+  whole = parts.base()
+  for key in config:
+    if isinstance(whole.get(key), ConfigDict) and key in ('evaluation', 'every'):
+      whole[key].update(config[key])
+    else:
+      with whole.ignore_type():
+        whole[key] = config[key]
+  return whole
+
+
+# Values from the command line --------------------------------------------------------
+
+
+def override(config: ConfigDict, key: str, text: str) -> None:
+  """Sets the value at a dotted key, `network.width`, from the text of a flag.
+
+  A key may be one that the config has, or one that the function of its part takes.
+
+  Raises: UserError naming the key, or what the text must be.
+  """
+  *parents, last = key.split('.')
+  part, where = config, 'config'
+  for name in parents:
+    if name not in part and last == 'fn' and SCHEMA.get(where[7:]) == 'parts':
+      part[name] = {}  # a new part, under a name of the user's choice
+    if name not in part:
+      raise UserError(f'--{where}.{name}: unknown key{build.hint(name, part)}')
+    part, where = part[name], f'{where}.{name}'
+    if not isinstance(part, ConfigDict):
+      raise UserError(f'--config.{key}: {where} is a value, without keys')
+  current = part.get(last)
+  if isinstance(current, ConfigDict):
+    own = ', '.join(current) or 'none'
+    raise UserError(f'--config.{key}: holds keys of its own; set one of {own}')
+  annotation = _annotation(part, where, last)
+  value = _parsed(text, current, annotation, f'--config.{key}={text}')
+  with part.unlocked(), part.ignore_type():
+    part[last] = value
+
+
+def _annotation(part: ConfigDict, where: str, key: str) -> Any:
+  """The type that a key should have, None if nothing says it."""
+  if key == 'fn':
+    return str
+  if build.is_part(part):
+    takes = build.parameters(part.fn, f'{where}.fn')
+    if key in takes:
+      return takes[key].annotation
+    known = list(takes)
+    told = f'--{where}.{key}: {part.fn} has no such key'
+  else:
+    schema = SCHEMA
+    for name in where.split('.')[1:]:
+      schema = schema.get(name, {}) if isinstance(schema, Mapping) else {}
+    if isinstance(schema, Mapping) and key in schema:
+      kind = schema[key]
+      return kind.kind if isinstance(kind, Number) else kind
+    known, told = list(part), f'--{where}.{key}: unknown key'
+  if key in part:
+    return None
+  raise UserError(told + build.hint(key, known))
+
+
+_TRUTH = {'true': True, '1': True, 'false': False, '0': False}
+
+
+def _parsed(text: str, current: Any, annotation: Any, flag: str) -> Any:
+  kind = annotation if annotation in (bool, int, float, str) else None
+  if kind is None and current is not None and current != REQUIRED:
+    kind = type(current)
+  try:
+    if kind is bool:
+      return _TRUTH[text.lower()]
+    if kind in (int, float):
+      return kind(text)
+    if kind is not None and issubclass(kind, str):
+      return text
+    value = ast.literal_eval(text)
+    if kind in (tuple, list) and not isinstance(value, tuple | list):
+      value = (value,)
+    return tuple(value) if isinstance(value, list) else value
+  except (ValueError, KeyError, SyntaxError, TypeError, MemoryError, RecursionError):
+    if kind is None:
+      return text
+    raise UserError(f'{flag}: must be {kind.__name__}, got {text!r}') from None
+
+
+# Checks ------------------------------------------------------------------------------
 
 
 def checked(config: ConfigDict, where: str = 'config') -> ConfigDict:
@@ -134,65 +299,53 @@ def checked(config: ConfigDict, where: str = 'config') -> ConfigDict:
   Raises: UserError naming the first key that is unknown, missing or of a wrong type.
   """
   if not isinstance(config, ConfigDict):
-    raise UserError(f'{where}: get_config() must return a ConfigDict, not {config!r}')
+    raise UserError(
+      f'{where}: get_config() must return a ConfigDict, not a {type(config).__name__}'
+    )
   _check(config, SCHEMA, where)
   if not config.samplers:
     raise UserError(f'{where}.samplers: give at least one')
-  for key in POSITIVE:
-    value = _at(config, key)
-    if value <= 0:
-      raise UserError(f'{where}.{key}: must be positive, got {value}')
-  for key in NOT_NEGATIVE:
-    value = _at(config, key)
-    if value < 0:
-      raise UserError(f'{where}.{key}: must not be negative, got {value}')
-    if value >= 2**32:  # jax keeps 32 bits of a seed: others would be the same
-      raise UserError(f'{where}.{key}: must be below 2**32, got {value}')
-  return config
-
-
-def _at(config: ConfigDict, dotted: str) -> Any:
-  for key in dotted.split('.'):
-    config = config[key]
+  if config.total_images // config.batch_size >= MOST_STEPS:
+    raise UserError(
+      f'{where}.total_images: more than 2**31 steps of {config.batch_size} images'
+    )
   return config
 
 
 def _check(config: Any, schema: Mapping[str, Any], where: str) -> None:
   for key in config:
     if key not in schema:
-      raise UserError(f'{where}.{key}: unknown key{_hint(key, schema)}')
+      raise UserError(f'{where}.{key}: unknown key{build.hint(key, schema)}')
   for key, kind in schema.items():
     path = f'{where}.{key}'
     if key not in config:
       raise UserError(f'{path}: missing; configs/parts.py:base() holds every key')
     value = config[key]
-    if isinstance(kind, type):
-      _check_type(value, kind, path)
+    if isinstance(kind, Number):
+      build.check_value(value, kind.kind, path)
+      _check_bounds(value, kind, path)
+    elif isinstance(kind, type):
+      build.check_value(value, kind, path)
     elif not isinstance(value, ConfigDict):
       raise UserError(f'{path}: must be a dict, got {value!r}')
     elif isinstance(kind, dict):
       _check(value, kind, path)
     elif kind == 'parts':
       for name in value:
-        _check_part(value[name], f'{path}.{name}')
+        build.check_part(value[name], f'{path}.{name}')
     elif kind == 'part' or value:
-      _check_part(value, path)
+      build.check_part(value, path)
 
 
-def _check_part(value: Any, path: str) -> None:
-  if not is_part(value) or not isinstance(value.fn, str):
-    raise UserError(f"{path}: needs fn='package.module:function'")
-
-
-def _check_type(value: Any, kind: type, path: str) -> None:
-  allowed = (int, float) if kind is float else kind
-  if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
-    raise UserError(f'{path}: must be {kind.__name__}, got {value!r}')
-
-
-def _hint(key: str, known: Any) -> str:
-  close = difflib.get_close_matches(key, list(known), n=1)
-  return f', did you mean {close[0]}?' if close else f'; known: {", ".join(known)}'
+def _check_bounds(value: float, number: Number, where: str) -> None:
+  if number.low <= value <= number.high:
+    return
+  if value < number.low and number.low in (0, 1):
+    least = 'must not be negative' if number.low == 0 else 'must be positive'
+    raise UserError(f'{where}: {least}, got {value!r}')
+  raise UserError(
+    f'{where}: must be between {number.low:g} and {number.high:,}, got {value!r}'
+  )
 
 
 def require(config: ConfigDict) -> None:
@@ -225,104 +378,3 @@ def differences(old: ConfigDict, new: ConfigDict) -> dict[str, str]:
     for key in sorted(a.keys() | b.keys())
     if a.get(key, absent) != b.get(key, absent)
   }
-
-
-def build(spec: ConfigDict, where: str, **given: Any) -> Any:
-  """Calls the function a part names, with the part's own keywords.
-
-  A value that is itself a part is built first. Of `given`, what the run provides (a
-  model, the batch size), a function receives the names its signature holds.
-
-  Raises: UserError naming the function, the key and what the function takes.
-  """
-  fn = _function(spec.fn, f'{where}.fn')
-  parameters = inspect.signature(fn).parameters
-  keywords = {}
-  for key in spec:
-    if key == 'fn':
-      continue
-    if key not in parameters:
-      takes = [name for name in parameters if name not in given]
-      raise UserError(f'{where}.{key}: {spec.fn} has no such key{_hint(key, takes)}')
-    if key in given:
-      raise UserError(f'{where}.{key}: is set by the run, leave it out')
-    value, kind = spec[key], parameters[key].annotation
-    if isinstance(value, ConfigDict):
-      _check_part(value, f'{where}.{key}')
-      value = build(value, f'{where}.{key}', **given)
-    elif _is_function(kind):
-      raise UserError(
-        f"{where}.{key}: needs fn='package.module:function', got {value!r}"
-      )
-    elif kind in (bool, int, float, str):
-      _check_type(value, kind, f'{where}.{key}')
-    keywords[key] = value
-  keywords |= {key: value for key, value in given.items() if key in parameters}
-  for name, parameter in parameters.items():
-    if name in keywords or parameter.default is not parameter.empty:
-      continue
-    if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-      continue
-    if name == 'teacher':
-      raise UserError(f'{where}: {spec.fn} needs a teacher; give --config.teacher=PATH')
-    raise UserError(f'{where}.{name}: missing; {spec.fn} needs it')
-  try:
-    return fn(**keywords)
-  except UserError:
-    raise  # it names its key already
-  except (ValueError, TypeError) as error:
-    raise UserError(f'{where}: {error}') from error
-
-
-def _is_function(kind: Any) -> bool:
-  """Whether an annotation stands for a function, which a config must name."""
-  return typing.get_origin(kind) is Callable or '__call__' in getattr(
-    kind, '__dict__', {}
-  )
-
-
-def takes(spec: ConfigDict, name: str) -> bool:
-  """Whether the function a part names has a parameter of that name."""
-  return name in inspect.signature(_function(spec.fn, 'fn')).parameters
-
-
-def is_part(value: Any) -> bool:
-  """Whether a config value names a function to build."""
-  return isinstance(value, ConfigDict) and 'fn' in value
-
-
-def build_each(parts: ConfigDict, where: str, **given: Any) -> dict[str, Any]:
-  """Builds every part of a dict of parts, by name."""
-  return {name: build(parts[name], f'{where}.{name}', **given) for name in parts}
-
-
-def _function(path: str, where: str) -> Callable[..., Any]:
-  module, _, name = path.partition(':')
-  try:
-    found = getattr(importlib.import_module(module), name)
-    inspect.signature(found)
-  except (ImportError, AttributeError, ValueError, TypeError) as error:
-    raise UserError(f'{where}: cannot import {path!r} ({error})') from error
-  return found
-
-
-def build_model(config: ConfigDict) -> tuple[Network, Model]:
-  """The raw network, and the model it becomes through its preconditioning."""
-  network = build(config.network, 'config.network')
-  return network, build(config.precond, 'config.precond', network=network)
-
-
-def schedules(config: ConfigDict, **given: Any) -> dict[str, Callable[[int], Any]]:
-  """Every part that is a schedule of `cmjax.schedules`, built, by dotted path."""
-  found = {}
-
-  def walk(part, where):
-    for key in part:
-      value = part[key]
-      if is_part(value) and value.fn.startswith('cmjax.schedules:'):
-        found[f'{where}.{key}'] = build(value, f'{where}.{key}', **given)
-      elif isinstance(value, ConfigDict):
-        walk(value, f'{where}.{key}')
-
-  walk(config, 'config')
-  return found

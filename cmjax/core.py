@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, NewType, Protocol
 import zlib
 
 import jax
@@ -11,14 +11,28 @@ import jax.numpy as jnp
 Array = jax.Array
 Key = jax.Array
 Params = Any
+Perceptual = NewType('Perceptual', object)  # parameters of a network of features
 Schedule = Callable[[Array], Array]  # step i32[] -> f32[]
 Denoiser = Callable[[Array, Array], Array]  # (x f32[B, ...], t f32[B]) -> E[x0 | x_t]
 Field = Callable[[Array, Array], Array]  # (x f32[B, ...], t f32[B]) -> dx/dt
 Solver = Callable[[Field, Array, Array, Array], Array]  # (field, x, t, r) -> x_r
 
 
+MOST_LETTERS = 600  # of an error
+
+
 class UserError(ValueError):
-  """A mistake in what the user gave: one line that says what, where and the way out."""
+  """A mistake in what the user gave: one line that says what, where and the way out.
+
+  A longer value than a line can hold is cut in its middle.
+  """
+
+  def __init__(self, text: str):
+    line = ' '.join(str(text).split())
+    if len(line) > MOST_LETTERS:
+      half = MOST_LETTERS // 2
+      line = f'{line[:half]} [...] {line[-half:]}'
+    super().__init__(line)
 
 
 class Batch(NamedTuple):

@@ -8,8 +8,7 @@ import jax
 import numpy as np
 from sklearn import linear_model
 
-from cmjax import config as configs
-from cmjax import data, logs, sharding, statistics
+from cmjax import build, data, logs, sharding, statistics
 from cmjax.core import Model, Params, UserError
 from cmjax.run import Opened, Run
 from cmjax.samplers import Sampler
@@ -26,12 +25,18 @@ class Drawn(NamedTuple):
 
 
 def draw(
-  subject: Run | Opened, params: Params, sampler: Sampler, *, samples: int, seed: int
+  subject: Run | Opened,
+  params: Params,
+  sampler: Sampler,
+  *,
+  samples: int,
+  seed: int,
+  check: Callable[[], None] = lambda: None,
 ) -> Drawn:
   """Samples with the labels of the data, in its order, as often round as needed.
 
   Sample i depends on `seed` and i alone, not on the batch size or the devices, up to
-  rounding.
+  rounding. `check` is called before each batch, and may raise to end it all.
   """
   source, mesh = subject.source, subject.mesh
   batch = min(subject.config.evaluation.batch_size, samples)
@@ -40,7 +45,9 @@ def draw(
   run_batch = _compiled(subject.f, sampler, source.shape, mesh)
 
   made, evaluations, cond = [], 0, None
-  for rows in np.split(index, len(index) // batch):
+  batches = np.split(index, len(index) // batch)
+  for rows in logs.counted(batches, batch, 'samples'):
+    check()
     if source.labels is not None:
       asked = data.one_hot(source, rows % len(source.labels))
       cond = sharding.place(asked, sharding.by_example(mesh))
@@ -56,6 +63,8 @@ def draw(
 
 @functools.lru_cache(maxsize=16)
 def _compiled(f: Model, sampler: Sampler, shape: tuple[int, ...], mesh: Any):
+  logs.say('compiling a sampler ...')
+
   def run_batch(params, root, rows, cond):
     keys = jax.vmap(lambda i: jax.random.fold_in(root, i))(rows)
     return sampler(f, params, keys, cond, shape)
@@ -64,13 +73,23 @@ def _compiled(f: Model, sampler: Sampler, shape: tuple[int, ...], mesh: Any):
 
 
 def table(
-  subject: Run | Opened, params: Params, metrics: Mapping[str, Metric]
+  subject: Run | Opened,
+  params: Params,
+  metrics: Mapping[str, Metric],
+  check: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
   """One row a sampler: its network evaluations a sample, and every metric."""
   rows = []
   for name, sampler in subject.samplers.items():
     wanted = subject.config.evaluation
-    drawn = draw(subject, params, sampler, samples=wanted.samples, seed=wanted.seed)
+    drawn = draw(
+      subject,
+      params,
+      sampler,
+      samples=wanted.samples,
+      seed=wanted.seed,
+      check=check,
+    )
     row = {'sampler': name, 'evaluations': drawn.evaluations, 'samples': len(drawn.x)}
     for part, metric in metrics.items():
       found = metric(drawn)
@@ -88,19 +107,28 @@ def picture(source: data.Source, x: np.ndarray, columns: int = 20) -> np.ndarray
   return logs.grid(data.as_uint8(source, x), columns)
 
 
-def log_pictures(run: Run, params: Params, step: int, log: logs.RunLog) -> None:
+def log_pictures(
+  run: Run, params: Params, step: int, log: logs.RunLog, check: Callable[[], None]
+) -> None:
   """A picture a sampler, always of the same noise and labels."""
   wanted = run.config.evaluation
   for name, sampler in run.samplers.items():
-    drawn = draw(run, params, sampler, samples=wanted.pictured, seed=wanted.seed)
+    drawn = draw(
+      run,
+      params,
+      sampler,
+      samples=wanted.pictured,
+      seed=wanted.seed,
+      check=check,
+    )
     log.picture(step, name, picture(run.source, drawn.x))
 
 
 def table_logger(metrics: Mapping[str, Metric]) -> Callable[..., None]:
   """A hook of training: the metrics of every sampler, as scalars sampler/metric."""
 
-  def log_table(run: Run, params: Params, step: int, log: logs.RunLog) -> None:
-    for row in table(run, params, metrics):
+  def log_table(run, params, step, log, check):
+    for row in table(run, params, metrics, check):
       name = row.pop('sampler')
       log.scalars(step, {f'{name}/{key}': float(value) for key, value in row.items()})
       text = ' '.join(f'{key}={value:.4g}' for key, value in row.items())
@@ -114,8 +142,8 @@ def build_metrics(subject: Run | Opened) -> dict[str, Metric]:
 
   Raises: UserError if one does not fit the data.
   """
-  return configs.build_each(
-    subject.config.metrics, 'config.metrics', source=subject.source
+  return build.build_each(
+    subject.config.metrics, 'config.metrics', Metric, source=subject.source
   )
 
 

@@ -1,6 +1,6 @@
 """Scalars, pictures, tables and progress: the only door for clu and TensorBoard."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import json
 import math
 from pathlib import Path
@@ -30,7 +30,7 @@ class RunLog:
   """Scalars and pictures of one run; only `primary`, the first process, writes.
 
   Rows of `metrics.jsonl` after step `start`, and one cut by a kill, are dropped: those
-  steps are made again.
+  steps are made again. Others that cannot be read are dropped with a line to the user.
   """
 
   def __init__(self, workdir: str | Path, primary: bool, start: int):
@@ -71,11 +71,23 @@ class RunLog:
 def _keep_rows_until(path: Path, step: int) -> None:
   if not path.exists():
     return
-  whole = [r for r in path.read_text(encoding='utf-8').splitlines() if r.endswith('}')]
+  rows = [(line, _step_of(line)) for line in path.read_bytes().split(b'\n')]
+  # What follows the last newline may have been cut by a kill, which is no damage.
+  damaged = sum(at == math.inf and bool(line.strip()) for line, at in rows[:-1])
+  if damaged:
+    say(f'{path}: dropped {damaged} row(s) that cannot be read')
   new = path.with_suffix('.new')
-  kept = [row + '\n' for row in whole if json.loads(row)['step'] <= step]
-  new.write_text(''.join(kept), encoding='utf-8')
+  new.write_bytes(b''.join(line + b'\n' for line, at in rows if at <= step))
   new.replace(path)
+
+
+def _step_of(line: bytes) -> float:
+  """The step of a row of `metrics.jsonl`; infinity if the line is no such row."""
+  try:
+    step = json.loads(line.decode('utf-8'))['step']
+  except (ValueError, TypeError, LookupError, RecursionError):
+    return math.inf
+  return step if type(step) is int else math.inf
 
 
 class Progress:
@@ -91,6 +103,12 @@ class Progress:
       else None
     )
 
+  def restart(self, step: int) -> None:
+    """Leaves all up to a step, such as compiling it, out of the time left."""
+    self._begun = time.monotonic(), step
+    if self._bar is not None:
+      self._bar.unpause()
+
   def advance(self) -> None:
     """One more step was dispatched."""
     if self._bar is not None:
@@ -103,13 +121,48 @@ class Progress:
       self._bar.set_postfix_str(text)
       return
     seconds, steps = time.monotonic() - self._begun[0], step - self._begun[1]
-    left = (self._total - step) * seconds / max(steps, 1)
-    say(f'step {step}/{self._total} {text} left={left:.0f}s')
+    left = f'{(self._total - step) * seconds / steps:.0f}s' if steps else '?'
+    say(f'step {step}/{self._total} {text} left={left}')
 
   def close(self) -> None:
     """Leaves the bar where it is."""
     if self._bar is not None:
       self._bar.close()
+
+
+def counted(parts: Sequence[Any], size: int, what: str) -> Iterator[Any]:
+  """The parts, each of `size` things, with a bar or a line every ten seconds."""
+  total, terminal = len(parts) * size, sys.stderr.isatty()
+  if terminal and jax.process_index() == 0:
+    with tqdm.tqdm(total=total, unit=what, leave=False, dynamic_ncols=True) as bar:
+      for part in parts:
+        yield part
+        bar.update(size)
+    return
+  begun = said = time.monotonic()
+  for done, part in enumerate(parts):
+    now = time.monotonic()
+    if done and now - said > SILENCE_S:
+      left, said = (now - begun) / done * (len(parts) - done), now
+      say(f'{done * size}/{total} {what} left={left:.0f}s')
+    yield part
+
+
+SILENCE_S = 10.0  # after which what takes long says how far it is
+
+
+def write_json(path: Path, facts: Mapping[str, Any]) -> None:
+  """Writes indented JSON, null for numbers it does not have; makes the folder."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(json.dumps(_finite(facts), indent=2), encoding='utf-8')
+
+
+def _finite(value: Any) -> Any:
+  if isinstance(value, Mapping):
+    return {key: _finite(item) for key, item in value.items()}
+  if isinstance(value, list | tuple):
+    return [_finite(item) for item in value]
+  return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_png(path: str | Path, image: np.ndarray) -> None:
@@ -146,17 +199,27 @@ def scatter(samples: np.ndarray, data: np.ndarray) -> np.ndarray:
 
 
 def curves(rows: list[dict[str, float]], x: str, ys: Sequence[str]) -> np.ndarray:
-  """Columns of a table against one of them, both axes logarithmic -> uint8[H, W, 3]."""
+  """Columns of a table against one of them, both axes logarithmic -> uint8[H, W, 3].
+
+  A value that is not above zero, which such an axis cannot show, is a gap in its line.
+  """
   figure = figures.Figure(figsize=(6, 4), dpi=120, layout='constrained')
   axes = figure.add_subplot()
   for y in ys:
-    axes.plot([row[x] for row in rows], [row[y] for row in rows], '.-', label=y)
-  axes.set_xscale('symlog' if any(row[x] == 0 for row in rows) else 'log')
+    shown = [row[y] if row[y] > 0 else math.nan for row in rows]
+    axes.plot([row[x] for row in rows], shown, '.-', label=y)
+  axes.set_xscale('log')
   axes.set_yscale('log')
   axes.set_xlabel(x)
   axes.grid(alpha=0.3)
   axes.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=len(ys), frameon=False)
   return _rendered(figure)
+
+
+def number(value: float) -> str:
+  """A cell of a table: whole numbers in full, others to three significant digits."""
+  whole = math.isfinite(value) and value == int(value) and abs(value) < 1e9
+  return str(int(value)) if whole else f'{value:.3g}'
 
 
 def sheet(panels: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -8,8 +8,12 @@ import jax
 from jax.experimental import multihost_utils
 
 
+class Stop(Exception):  # noqa: N818, not an error
+  """What takes long is to end now, because a notice has come."""
+
+
 class Notice:
-  """Keeps a SIGTERM until a step asks for it, where it would have ended the process.
+  """Keeps a SIGTERM until the loop asks for it, where it would have ended the process.
 
   With several processes it is enough that one is told: `jax.distributed` has a handler
   of its own, and all see the notice at the same step.
@@ -17,7 +21,7 @@ class Notice:
 
   def __enter__(self) -> 'Notice':
     """Listens; only the main thread can."""
-    self._told, self._before = False, None
+    self._told, self._before, self._asked = False, None, 0
     self._alone = jax.process_count() == 1
     if self._alone and threading.current_thread() is threading.main_thread():
       self._before = signal.signal(signal.SIGTERM, self._tell)
@@ -36,8 +40,15 @@ class Notice:
   def _tell(self, number: int, frame: object) -> None:
     self._told = True
 
-  def given(self, step: int) -> bool:
-    """Whether to stop after this step; every process must ask at every step."""
+  def given(self) -> bool:
+    """Whether to stop now; every process must ask as often, at the same places."""
     if self._alone:
       return self._told
-    return multihost_utils.reached_preemption_sync_point(step)
+    self._asked += 1  # agreed on by all as the place to stop
+    self._told |= multihost_utils.reached_preemption_sync_point(self._asked)
+    return self._told
+
+  def check(self) -> None:
+    """Raises Stop where `given` is true."""
+    if self.given():
+      raise Stop

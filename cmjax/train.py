@@ -1,18 +1,21 @@
 """The training step, the state, and the one loop: where all pieces are glued."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
+import math
+import os
 from pathlib import Path
 import time
+from typing import Any
 import zlib
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from cmjax import checkpoint, data, logs, preemption, pretrained, sharding
+from cmjax import checkpoint, data, logs, preemption, pretrained, sharding, watchdog
 from cmjax import config as configs
+from cmjax import workdir as workdirs
 from cmjax.core import (
   Array,
   Batch,
@@ -30,9 +33,10 @@ from cmjax.core import (
 from cmjax.run import Run
 
 Step = Callable[[TrainState, Frozen, Batch], tuple[TrainState, dict[str, Array]]]
-# Looks at the weights while training: (run, params, step, log), as often as
-# `config.every.NAME_steps` says, and once more at the end; 0 means never.
-Hook = Callable[[Run, Params, int, logs.RunLog], None]
+# Looks at the weights while training: (run, params, step, log, check), as often as
+# `config.every.NAME_steps` says, and once more at the end; 0 means never. What takes
+# long calls `check()` now and then, which raises `preemption.Stop` to end it.
+Hook = Callable[[Run, Params, int, logs.RunLog, Callable[[], None]], None]
 
 
 def make_train_step(
@@ -166,28 +170,72 @@ def train(run: Run, workdir: str | Path, hooks: Mapping[str, Hook]) -> TrainStat
 
   The work directory receives `config.json`, `metrics.jsonl`, `tensorboard/`,
   `pictures/` and `checkpoints/`. After a SIGTERM the step is ended and saved, and its
-  state, of an earlier step than the last, returned.
+  state returned; what was left to do of the hooks is done when the run goes on.
 
-  Raises: UserError if the directory holds another run, or weights do not fit;
-    FloatingPointError after `config.max_skipped_steps` steps that were not finite.
+  Raises: UserError if the directory holds another run or is in use, or weights do not
+    fit; FloatingPointError after `config.max_skipped_steps` steps that were not finite,
+    or if the run ends without having learned.
   """
-  workdir = Path(workdir)
-  check_claim(workdir, run.config)
+  folder = Path(workdir)
+  sharding.check_same({'config': configs.to_json(run.config)})
+  workdirs.check_claim(folder, run.config)
+  check_memory(run)
   # Made before any folder is: weights to start from may be refused.
-  state = None if checkpoint.any_in(workdir) else first_state(run)
-  if jax.process_index() == 0:
-    _write_config(workdir, run.config)
-  checkpoints = checkpoint.Checkpoints(workdir, run.config.keep_checkpoints)
-  state = state or checkpoints.restore(abstract_state(run), logs.say)
-  start = int(state.step)
-  logs.say(_opening(run, start))
-  with (
-    contextlib.closing(checkpoints),
-    contextlib.closing(logs.RunLog(workdir, jax.process_index() == 0, start)) as log,
-    contextlib.closing(logs.Progress(start, run.total_steps)) as progress,
-    preemption.Notice() as notice,
-  ):
-    return _loop(run, state, checkpoints, log, progress, hooks, notice)
+  first = None if checkpoint.any_in(folder) else first_state(run)
+  with _locked(folder):
+    workdirs.check_claim(folder, run.config)  # again: it may have been taken meanwhile
+    if jax.process_index() == 0:
+      workdirs.write_config(folder, run.config)
+    checkpoints = checkpoint.Checkpoints(folder, run.config.keep_checkpoints)
+    state, meta = checkpoints.restore(abstract_state(run), logs.say) or (first, {})
+    start = int(state.step)
+    logs.say(_opening(run, start))
+    with (
+      contextlib.closing(checkpoints),
+      contextlib.closing(logs.RunLog(folder, jax.process_index() == 0, start)) as log,
+      contextlib.closing(logs.Progress(start, run.total_steps)) as progress,
+      preemption.Notice() as notice,
+      watchdog.Watchdog() as watch,
+    ):
+      state, ended = _loop(
+        run, state, meta, checkpoints, log, progress, hooks, notice, watch
+      )
+    if ended:
+      logs.say(f'done: {workdir}')
+  return state
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+  """The lock of the work directory, held by the first process for all."""
+  with contextlib.ExitStack() as stack:
+    refusal = ''
+    if jax.process_index() == 0:
+      try:
+        stack.enter_context(workdirs.lock(folder))
+      except UserError as error:
+        refusal = str(error)
+    if not sharding.all_true(not refusal):
+      raise UserError(refusal or f'{folder}: process 0 could not lock it')
+    yield
+
+
+def check_memory(run: Run) -> None:
+  """Refuses a state that the devices cannot hold, before any of it is made."""
+  if jax.devices()[0].platform != 'cpu':
+    return  # the device says so itself, in an error that can be caught
+  held = sum(
+    math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
+    for a in jax.tree.leaves(abstract_state(run))
+  )
+  held *= jax.local_device_count()
+  there = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+  if held > there:
+    raise UserError(
+      f'config.network: parameters, averages and optimiser state take '
+      f'{held / 2**30:,.0f} GiB, and this machine has {there / 2**30:,.0f}; make the '
+      'network smaller, or split the state: config.mesh.fsdp=True'
+    )
 
 
 def compiled_step(run: Run) -> Step:
@@ -207,16 +255,48 @@ def compiled_step(run: Run) -> Step:
 def _loop(
   run: Run,
   state: TrainState,
+  meta: Mapping[str, Any],
   checkpoints: checkpoint.Checkpoints,
   log: logs.RunLog,
   progress: logs.Progress,
   hooks: Mapping[str, Hook],
   notice: preemption.Notice,
-) -> TrainState:
+  watch: watchdog.Watchdog,
+) -> tuple[TrainState, bool]:
+  """The state at the end, or where a notice came; whether it is the end."""
   every, start, total = run.config.every, int(state.step), run.total_steps
   step_fn = compiled_step(run)
-  window, lost, begun = _Window(), [], time.monotonic()
+  window, losses, lost = _Window(meta.get('window')), [], []
+
+  def save(due: list[str]) -> None:
+    watch.rest()
+    checkpoints.save(state, run.meta() | {'window': window.partial(), 'due': due})
+
+  def stop(step: int, due: list[str]) -> tuple[TrainState, bool]:
+    save(due)
+    logs.say(f'asked to stop: saved step {step}; the same command goes on from there')
+    return state, False
+
+  def look(step: int, names: list[str]) -> list[str]:
+    """Runs hooks, and returns the names of those that a notice kept from their end."""
+    watch.rest()
+    for i, name in enumerate(names):
+      params = weights(state, run.config.sample_weights)
+      try:
+        hooks[name](run, params, step, log, notice.check)
+      except preemption.Stop:
+        return names[i:]
+      window.restart_clock()
+    return []
+
+  due = look(start, [name for name in meta.get('due', ()) if name in hooks])
+  if due:
+    return stop(start, due)
+  if start < total:
+    logs.say('compiling the training step ...')
+  begun = time.monotonic()
   for step in range(start + 1, total + 1):
+    watch.step(step)
     state, metrics = step_fn(state, run.frozen, batch(run, step - 1))
     window.add(metrics)
     progress.advance()
@@ -224,27 +304,29 @@ def _loop(
       jax.block_until_ready(metrics)
       logs.say(f'compiled and made the first step in {time.monotonic() - begun:.1f} s')
       window.restart_clock()
+      watch.rest()
+      progress.restart(step)
     last = step == total
     if last or step % every.log_steps == 0:
       skipped, means = window.close(step, run.config.batch_size)
       lost += skipped
+      losses.append(means['loss'])
       means['skipped_steps'] = len(lost)
       log.scalars(step, means | _scheduled(run, step - 1))
-      progress.report(step, {key: means[key] for key in _SHOWN if key in means})
+      shown = _SHOWN + ('skipped_steps',) * bool(lost)
+      progress.report(step, {key: means[key] for key in shown if key in means})
       _stop_if_lost(run, lost)
-    if not last and notice.given(step):
-      checkpoints.save(state, run.meta())
-      logs.say(f'told to stop: saved step {step}; the same command goes on from there')
-      return state
-    for name, hook in hooks.items():
-      often = every[f'{name}_steps']
-      if often and (last or step % often == 0):
-        hook(run, weights(state, run.config.sample_weights), step, log)
-        window.restart_clock()
+    often = {name: every[f'{name}_steps'] for name in hooks}
+    due = [name for name, n in often.items() if n and (last or step % n == 0)]
+    if not notice.given():
+      due = look(step, due)
+    if due or (not last and notice.given()):
+      return stop(step, due)
     # After the hooks: a run that is killed in its last one has a step left to do.
     if last or step % every.checkpoint_steps == 0:
-      checkpoints.save(state, run.meta())
-  return state
+      save([])
+  _check_learned(losses, lost, total - start)
+  return state, True
 
 
 AHEAD = 8  # steps that may be dispatched before they are done
@@ -252,10 +334,18 @@ _SHOWN = ('loss', 'grad_norm', 'images_per_s')
 
 
 class _Window:
-  """The metrics since the last report, left on the device until then."""
+  """The metrics since the last report, left on the device until then.
 
-  def __init__(self):
+  `begun` is the `partial` window of a run that goes on, so that its next row averages
+  over as many steps as it would have without the stop.
+  """
+
+  def __init__(self, begun: Mapping[str, Any] | None = None):
+    begun = begun or {}
     self._rows = []
+    self._count = begun.get('steps', 0)
+    self._sums = dict(begun.get('sums', {}))
+    self._skipped = list(begun.get('skipped', ()))
     self.restart_clock()
 
   def add(self, metrics: dict[str, Array]) -> None:
@@ -268,19 +358,53 @@ class _Window:
     """Leaves what was not training out of images_per_s."""
     self._since, self._timed = time.monotonic(), 0
 
+  def partial(self) -> dict[str, Any]:
+    """What is to be saved of it, for JSON."""
+    self._take_rows()
+    return {'steps': self._count, 'sums': self._sums, 'skipped': self._skipped}
+
   def close(self, step: int, batch_size: int) -> tuple[list[int], dict[str, float]]:
     """The skipped steps up to `step`, and means with images_per_s; a new window."""
-    rows = jax.device_get(self._rows)
-    first = step - len(rows) + 1
-    skipped = [i for i, row in enumerate(rows, first) if row['skipped'] > 0]
+    self._take_rows()
     seconds = time.monotonic() - self._since
-    names = rows[0].keys() - {'skipped'}
-    means = {name: float(np.mean([row[name] for row in rows])) for name in names}
+    means = {name: total / self._count for name, total in self._sums.items()}
     if self._timed:
       means['images_per_s'] = self._timed * batch_size / seconds
-    self._rows = []
+    first = step - self._count + 1
+    skipped = [first + i for i in self._skipped]
+    self._count, self._sums, self._skipped = 0, {}, []
     self.restart_clock()
     return skipped, means
+
+  def _take_rows(self) -> None:
+    for row in jax.device_get(self._rows):
+      if row.pop('skipped') > 0:
+        self._skipped.append(self._count)
+      for name, value in row.items():
+        self._sums[name] = self._sums.get(name, 0.0) + float(value)
+      self._count += 1
+    self._rows = []
+
+
+def _check_learned(losses: list[float], lost: list[int], steps: int) -> None:
+  """Refuses to call a run done that went nowhere.
+
+  Raises: FloatingPointError if no step was kept, or the loss rose beyond all bounds.
+  """
+  if steps and len(lost) == steps:
+    raise FloatingPointError(
+      f'all {steps} steps had a loss, gradient or update that is not finite, and '
+      'nothing was learned; lower the learning rate, or look at the data'
+    )
+  if losses and not losses[-1] < MOST_RISE * max(abs(losses[0]), 1.0):
+    raise FloatingPointError(
+      f'the loss rose from {losses[0]:.4g} to {losses[-1]:.4g}: the run diverged; '
+      'start again in a new --workdir with a lower learning rate, or with '
+      'config.grad_clip_norm'
+    )
+
+
+MOST_RISE = 1e4  # of a loss over a run; schedules of the gap change it by far less
 
 
 def weights(state: TrainState, name: str) -> Params:
@@ -321,63 +445,6 @@ def _opening(run: Run, start: int) -> str:
     f'{run.total_steps:,} steps of {run.config.batch_size} on {run.mesh.size} '
     f'{jax.devices()[0].platform} device(s); {begun}'
   )
-
-
-def check_claim(workdir: str | Path, config: configs.ConfigDict) -> None:
-  """Refuses a work directory that holds a run with another config, or weights alone.
-
-  Raises: UserError naming what differs.
-  """
-  path = Path(workdir) / 'config.json'
-  if not path.exists():
-    if checkpoint.any_in(workdir):
-      raise UserError(
-        f'{workdir} holds weights and no run; to train from them give '
-        f'--config.init_from={workdir} and another --workdir'
-      )
-    return
-  try:
-    old = configs.from_json(path.read_text(encoding='utf-8'))
-  except ValueError as error:
-    raise UserError(
-      f'{path}: cannot be read ({error}); use another --workdir'
-    ) from error
-  changed = [  # a key that runs did not have then is left out
-    f'{key}: {change}'
-    for key, change in configs.differences(old, config).items()
-    if not key.startswith(_MAY_CHANGE) and key.split('.')[1] in old
-  ]
-  if changed:
-    raise UserError(
-      f'{workdir} holds a run with another config ({"; ".join(changed[:3])}); '
-      'give that config, or another --workdir'
-    )
-
-
-# What may change while a run goes on: how it is looked at, and where its data lies.
-_MAY_CHANGE = (
-  'config.every.',
-  'config.keep_checkpoints',
-  'config.mesh.',
-  'config.max_skipped_steps',
-  'config.samplers.',
-  'config.sample_weights',
-  'config.metrics.',
-  'config.studies.',
-  'config.evaluation.',
-  'config.data.data_dir',
-  'config.data.path',
-)
-
-
-def _write_config(workdir: Path, config: configs.ConfigDict) -> None:
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    new = workdir / 'config.json.new'
-    new.write_text(configs.to_json(config), encoding='utf-8')
-    new.replace(workdir / 'config.json')  # at once: a kill leaves the one or the other
-  except OSError as error:
-    raise UserError(f'--workdir: cannot write {workdir} ({error.strerror})') from error
 
 
 # Preconditionings that agree up to a small change of c_skip and c_out.

@@ -1,6 +1,6 @@
 """Consistency distillation of a teacher by Heun steps.
 
-Command:   cmjax --config=configs/cd.py:digits --workdir=runs/cd
+Command:   cmjax --config=cd:digits --workdir=runs/cd
              --config.teacher=runs/edm
 Hardware:  toy2d, digits: two CPU cores, two minutes; cifar10: never run here
 Source:    Song et al. 2023, algorithm 2 and table 3: N = 18, RAdam 4e-4, batch 512,
@@ -12,7 +12,7 @@ Measured:  toy2d: error of the map 0.022; digits, of width 192:
            0.604 at one evaluation, 0.217 at two (means of three seeds)
 """
 
-import parts
+from cmjax.configs import parts
 
 
 def get_config(data='digits'):

@@ -1,6 +1,6 @@
 """Continuous-time distillation by the pseudo-objective of Theorem 5.
 
-Command:   cmjax --config=configs/continuous_cd.py:digits --workdir=runs/continuous_cd
+Command:   cmjax --config=continuous_cd:digits --workdir=runs/continuous_cd
              --config.teacher=runs/edm
 Hardware:  toy2d, digits: two CPU cores, two minutes; cifar10: never run here
 Source:    Song et al. 2023, theorem 5, with lambda = (tau^-1)'; cifar10: batch
@@ -11,7 +11,7 @@ Measured:  toy2d: error of the map 0.036; digits, of width 192:
            1.105 at one evaluation, 0.440 at two (means of three seeds)
 """
 
-import parts
+from cmjax.configs import parts
 
 
 def get_config(data='digits'):

@@ -1,6 +1,6 @@
 """Continuous-time consistency training: the pseudo-objective of Theorem 6.
 
-Command:   cmjax --config=configs/continuous_ct.py:digits --workdir=runs/continuous_ct
+Command:   cmjax --config=continuous_ct:digits --workdir=runs/continuous_ct
              --config.init_from=runs/edm
 Hardware:  toy2d, digits: two CPU cores, two minutes; cifar10: never run here
 Source:    Song et al. 2023, theorem 6, with lambda = (tau^-1)'; cifar10: batch
@@ -11,7 +11,7 @@ Measured:  toy2d: error of the map 0.067; digits, of width 192:
            0.873 at one evaluation, 0.315 at two (means of three seeds)
 """
 
-import parts
+from cmjax.configs import parts
 
 
 def get_config(data='digits'):

@@ -1,6 +1,6 @@
 """Consistency training from data alone, with a target network and a growing grid.
 
-Command:   cmjax --config=configs/ct.py:toy2d --workdir=runs/ct
+Command:   cmjax --config=ct:toy2d --workdir=runs/ct
 Hardware:  toy2d, digits: two CPU cores, two minutes; cifar10: never run here
 Source:    Song et al. 2023, algorithm 3 and table 3: N(k) and mu(k) of appendix C up to
            150, RAdam 4e-4, batch 512, EMA 0.9999; toy2d, digits: N(k) up to 20, metric,
@@ -11,7 +11,7 @@ Measured:  toy2d: error of the map 0.065; digits, of width 192:
            0.638 at one evaluation, 0.301 at two (means of three seeds)
 """
 
-import parts
+from cmjax.configs import parts
 
 
 def get_config(data='digits'):

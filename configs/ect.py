@@ -1,6 +1,6 @@
 """Easy Consistency Tuning: from diffusion to consistency by shrinking r(t).
 
-Command:   cmjax --config=configs/ect.py:digits --workdir=runs/ect
+Command:   cmjax --config=ect:digits --workdir=runs/ect
              --config.init_from=runs/edm
 Hardware:  digits: two CPU cores, about three minutes; toy2d one; cifar10: here 20 steps
            of a narrow network on two CPU cores; imagenet64: never run, compiled for
@@ -20,7 +20,7 @@ Expected:  digits: pixel Frechet distance <= 0.18 at one evaluation, <= 0.12 at 
 Measured:  digits: 0.167 and 0.089, agreement 0.988 and 0.991 (README.md, "Quick start")
 """
 
-import parts
+from cmjax.configs import parts
 
 
 def get_config(data='digits'):

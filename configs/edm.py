@@ -1,6 +1,6 @@
 """EDM: the diffusion model that the others start from, distil or are compared with.
 
-Command:   cmjax --config=configs/edm.py:digits --workdir=runs/edm
+Command:   cmjax --config=edm:digits --workdir=runs/edm
 Hardware:  toy2d, digits: two CPU cores, a minute; cifar10: never run here to the end
 Source:    objective, sampler and noise levels of Karras et al. 2022, table 1; cifar10:
            NVlabs/edm `train.py`; toy2d, digits: network, optimiser, length cmjax choice
@@ -10,7 +10,7 @@ Expected:  digits: pixel Frechet distance <= 0.12, label agreement >= 0.98; cifa
 Measured:  digits: 0.097 and 0.988 at 35 evaluations (README.md, "Quick start")
 """
 
-import parts
+from cmjax.configs import parts
 
 
 def get_config(data='digits'):

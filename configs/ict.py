@@ -1,6 +1,6 @@
 """Improved consistency training: from data alone.
 
-Command:   cmjax --config=configs/ict.py:digits --workdir=runs/ict
+Command:   cmjax --config=ict:digits --workdir=runs/ict
 Hardware:  toy2d, digits: two CPU cores, two minutes; cifar10: never run here
 Source:    Song & Dhariwal 2023 (iCT), tables 1 and 4: N(k) from 11 to 1281, RAdam 1e-4,
            batch 1024, EMA 0.99993, dropout 0.3; toy2d, digits: N(k) from 11 to 161,
@@ -11,7 +11,7 @@ Measured:  toy2d: error of the map 0.039; digits, of width 192:
            0.427 at one evaluation, 0.174 at two (means of three seeds)
 """
 
-import parts
+from cmjax.configs import parts
 
 
 def get_config(data='digits'):

@@ -1,6 +1,6 @@
 """MeanFlow: the average velocity between two times, from data alone.
 
-Command:   cmjax --config=configs/meanflow.py:digits --workdir=runs/meanflow
+Command:   cmjax --config=meanflow:digits --workdir=runs/meanflow
 Hardware:  toy2d, digits: two CPU cores, two minutes; cifar10: never run here
 Source:    Geng et al. 2025 (MeanFlow); cifar10: their py-meanflow, logit-normal
            (-2, 2), r = t in a quarter of the rows, p = 0.75, dropout 0.2, Adam 6e-4,
@@ -12,7 +12,7 @@ Measured:  toy2d: error of the map 0.082; digits, of width 192:
            0.570 at one evaluation, 0.192 at two (means of three seeds)
 """
 
-import parts
+from cmjax.configs import parts
 
 
 def get_config(data='digits'):

@@ -2,10 +2,12 @@
 
 from ml_collections import ConfigDict
 
+from cmjax.core import UserError
+
 REQUIRED = '?'  # must be given: --config.KEY=VALUE
 
 
-# What every objective has a config for: --config=configs/OBJECTIVE.py:DATA.
+# What every objective has a config for: --config=OBJECTIVE:DATA.
 DATA = ('toy2d', 'digits', 'cifar10')
 
 
@@ -16,7 +18,7 @@ def on(data: str, **network) -> ConfigDict:
   called `slow`, which the config gives.
   """
   if data not in DATA:
-    raise ValueError(f'no data {data!r}; there are {", ".join(DATA)}')
+    raise UserError(f'no data {data!r}; there are {", ".join(DATA)}')
   c = base()
   c.sample_weights = 'slow'
   c.samplers = dict(one_step=one_step(), two_steps=two_steps())

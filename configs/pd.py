@@ -1,19 +1,20 @@
 """Progressive distillation: the number of steps of the student is halved by stages.
 
-Command:   cmjax --config=configs/pd.py:digits --workdir=runs/pd
+Command:   cmjax --config=pd:digits --workdir=runs/pd
              --config.init_from=runs/edm
 Hardware:  toy2d, digits: two CPU cores, one minute; cifar10: never run here
 Source:    Salimans & Ho 2022, algorithm 2; cifar10: openai/consistency_models_cifar10,
            from 4096 steps, Adam 5e-5 falling to zero in each stage of 50,000
            iterations, gradients clipped to 1; toy2d, digits: from 16 steps, stages,
            optimiser and EMA are cmjax choices
-Differs:   the optimiser's state is kept from stage to stage; stages are equally long
+Differs:   the optimiser's state is kept from stage to stage; stages are equally long:
+           their students of two steps and of one take 100,000 and 150,000 iterations
 Expected:  cifar10: FID 8.34 at one evaluation, 5.58 at two (Song et al. 2023, table 1)
 Measured:  toy2d: error of the map 0.099; digits, of width 192:
            0.997 at one evaluation, 0.458 at two (means of three seeds)
 """
 
-import parts
+from cmjax.configs import parts
 
 
 def get_config(data='digits'):

@@ -1,6 +1,6 @@
 """Simplified consistency distillation (sCM) of a TrigFlow or EDM teacher.
 
-Command:   cmjax --config=configs/scd.py:digits --workdir=runs/scd
+Command:   cmjax --config=scd:digits --workdir=runs/scd
              --config.teacher=runs/trigflow
 Hardware:  toy2d, digits: two CPU cores, two minutes; cifar10: never run here
 Source:    Lu & Song 2024 (sCM), algorithm 1 and appendix G: P = -1.0, 1.4, normaliser
@@ -12,8 +12,7 @@ Measured:  toy2d: error of the map 0.033; digits, of width 192:
            0.639 at one evaluation, 0.290 at two (means of three seeds)
 """
 
-import parts
-import sct
+from cmjax.configs import parts, sct
 
 
 def get_config(data='digits'):

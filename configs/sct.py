@@ -1,6 +1,6 @@
 """Simplified consistency training (sCM), from data; starts from a diffusion model.
 
-Command:   cmjax --config=configs/sct.py:digits --workdir=runs/sct
+Command:   cmjax --config=sct:digits --workdir=runs/sct
              --config.init_from=runs/trigflow
 Hardware:  toy2d, digits: two CPU cores, two minutes; cifar10: never run here
 Source:    Lu & Song 2024 (sCM), algorithm 1 and appendix G: P = -1.0, 1.4, normaliser
@@ -12,7 +12,7 @@ Measured:  toy2d: error of the map 0.040; digits, of width 192:
            0.456 at one evaluation, 0.208 at two (means of three seeds)
 """
 
-import parts
+from cmjax.configs import parts
 
 
 def get_config(data='digits'):

@@ -1,6 +1,6 @@
 """Stable Consistency Tuning: ECT along the averaged path of a reference set.
 
-Command:   cmjax --config=configs/stable_ct.py:digits --workdir=runs/stable_ct
+Command:   cmjax --config=stable_ct:digits --workdir=runs/stable_ct
              --config.init_from=runs/edm
 Hardware:  toy2d, digits: two CPU cores, one to two minutes; cifar10: never run here
 Source:    Wang et al. 2024 (Stable Consistency Tuning): target, 1 / (t - r), the rest
@@ -12,8 +12,7 @@ Measured:  toy2d: error of the map 0.043; digits, of width 192:
            0.457 at one evaluation, 0.178 at two (means of three seeds)
 """
 
-import ect
-import parts
+from cmjax.configs import ect, parts
 
 
 def get_config(data='digits'):

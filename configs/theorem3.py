@@ -1,6 +1,6 @@
 """Continuous-time distillation by the true loss of squared l2: Theorem 3.
 
-Command:   cmjax --config=configs/theorem3.py:digits --workdir=runs/theorem3
+Command:   cmjax --config=theorem3:digits --workdir=runs/theorem3
              --config.teacher=runs/edm
 Hardware:  toy2d, digits: two CPU cores, two minutes; cifar10: never run here
 Source:    Song et al. 2023, theorem 3, with lambda = (tau^-1)'; cifar10: batch
@@ -12,7 +12,7 @@ Measured:  toy2d: error of the map 0.054; digits, of width 192:
            1.282 at one evaluation, 0.464 at two (means of three seeds)
 """
 
-import continuous_cd
+from cmjax.configs import continuous_cd
 
 
 def get_config(data='digits'):

@@ -1,6 +1,6 @@
 """Continuous-time distillation by the true loss of the l2 norm: Theorem 4.
 
-Command:   cmjax --config=configs/theorem4.py:digits --workdir=runs/theorem4
+Command:   cmjax --config=theorem4:digits --workdir=runs/theorem4
              --config.teacher=runs/edm
 Hardware:  toy2d, digits: two CPU cores, two minutes; cifar10: never run here
 Source:    Song et al. 2023, theorem 4, with lambda = (tau^-1)'; cifar10: batch
@@ -11,8 +11,7 @@ Measured:  toy2d: error of the map 0.019; digits, of width 192:
            1.328 at one evaluation, 0.466 at two (means of three seeds)
 """
 
-import continuous_cd
-import parts
+from cmjax.configs import continuous_cd, parts
 
 
 def get_config(data='digits'):

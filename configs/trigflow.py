@@ -1,6 +1,6 @@
 """TrigFlow diffusion: the teacher of `sct` and `scd`, on their own clock.
 
-Command:   cmjax --config=configs/trigflow.py:digits --workdir=runs/trigflow
+Command:   cmjax --config=trigflow:digits --workdir=runs/trigflow
 Hardware:  toy2d, digits: two CPU cores, a minute; cifar10: never run here to the end
 Source:    Lu & Song 2024 (sCM), section 3.1, with EDM's noise levels; cifar10 400,000
            iterations (their appendix G); the rest as in `edm`
@@ -8,8 +8,7 @@ Expected:  cifar10: FID 2.15 (sCM, teacher)
 Measured:  digits, of width 192: 0.149 at 35 evaluations (three seeds)
 """
 
-import edm
-import parts
+from cmjax.configs import edm, parts
 
 
 def get_config(data='digits'):

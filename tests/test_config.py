@@ -1,5 +1,6 @@
 """Configs against signatures, the top level against its schema, and JSON and back."""
 
+import json
 import sys
 
 import pytest
@@ -7,147 +8,7 @@ import pytest
 from cmjax import config as configs
 from cmjax.core import UserError
 from tests.conftest import ROOT
-
-# Functions that a config of these tests names -------------------------------------
-
-
-def leaf(*, value: float, steps: int = 3, name: str = 'plain', on: bool = False):
-  """Returns what it was called with."""
-  if value < 0:
-    raise ValueError('value must not be negative')
-  return dict(value=value, steps=steps, name=name, on=on)
-
-
-def branch(f, *, child, batch_size: int, sizes=(1, 2)):
-  """Takes another part, and two things that the run gives."""
-  return dict(f=f, child=child, batch_size=batch_size, sizes=sizes)
-
-
-def distil(f, teacher, *, weight: float = 1.0):
-  """Needs a teacher."""
-  return f, teacher, weight
-
-
-LEAF, BRANCH, DISTIL = (f'{__name__}:{fn}' for fn in ('leaf', 'branch', 'distil'))
-GIVEN = dict(f='model', batch_size=8, total_images=80)
-
-
-def build(given=GIVEN, **spec):
-  return configs.build(configs.ConfigDict(spec), 'config.part', **given)
-
-
-def refusal(call, *args, **kwargs):
-  """The one line that a mistake is told by."""
-  with pytest.raises(UserError) as error:
-    call(*args, **kwargs)
-  assert '\n' not in str(error.value)
-  return str(error.value)
-
-
-# build -----------------------------------------------------------------------------
-
-
-def test_a_part_is_its_function_called_with_its_keywords():
-  assert build(fn=LEAF, value=1.5, on=True) == dict(
-    value=1.5, steps=3, name='plain', on=True
-  )
-
-
-def test_parts_inside_parts_are_built_first_and_what_the_run_gives_reaches_all():
-  child = dict(fn=BRANCH, child=dict(fn=LEAF, value=2.0), sizes=(3, (4, 5)))
-  built = build(fn=BRANCH, child=child)
-  assert (built['f'], built['batch_size'], built['sizes']) == ('model', 8, (1, 2))
-  inner = built['child']
-  assert (inner['f'], inner['batch_size'], inner['sizes']) == ('model', 8, (3, (4, 5)))
-  assert inner['child']['value'] == 2.0
-
-
-def test_an_int_will_do_for_a_float():
-  assert build(fn=LEAF, value=2)['value'] == 2
-
-
-BAD_PARTS = {
-  'misspelt': (
-    dict(fn=LEAF, valeu=1.0),
-    f'config.part.valeu: {LEAF} has no such key, did you mean value?',
-  ),
-  'unlike any': (
-    dict(fn=LEAF, zzz=1.0),
-    f'config.part.zzz: {LEAF} has no such key; known: value, steps, name, on',
-  ),
-  'misspelt below': (
-    dict(fn=BRANCH, child=dict(fn=LEAF, value=1.0, step=1)),
-    f'config.part.child.step: {LEAF} has no such key, did you mean steps?',
-  ),
-  'missing': (dict(fn=LEAF), f'config.part.value: missing; {LEAF} needs it'),
-  'missing below': (
-    dict(fn=BRANCH, child=dict(fn=LEAF)),
-    f'config.part.child.value: missing; {LEAF} needs it',
-  ),
-  'text for a number': (
-    dict(fn=LEAF, value='1'),
-    "config.part.value: must be float, got '1'",
-  ),
-  'float for an int': (
-    dict(fn=LEAF, value=1.0, steps=3.0),
-    'config.part.steps: must be int, got 3.0',
-  ),
-  'bool for an int': (
-    dict(fn=LEAF, value=1.0, steps=True),
-    'config.part.steps: must be int, got True',
-  ),
-  'number for text': (
-    dict(fn=LEAF, value=1.0, name=3),
-    'config.part.name: must be str, got 3',
-  ),
-  'number for a bool': (
-    dict(fn=LEAF, value=1.0, on=1),
-    'config.part.on: must be bool, got 1',
-  ),
-  'refused by the function': (
-    dict(fn=LEAF, value=-1.0),
-    'config.part: value must not be negative',
-  ),
-  'set by the run': (
-    dict(fn=BRANCH, child=0, batch_size=4),
-    'config.part.batch_size: is set by the run, leave it out',
-  ),
-  'without its teacher': (
-    dict(fn=DISTIL),
-    f'config.part: {DISTIL} needs a teacher; give --config.teacher=PATH',
-  ),
-}
-
-
-@pytest.mark.parametrize('mistake', BAD_PARTS)
-def test_a_mistake_in_a_part_names_the_key_and_the_function(mistake):
-  spec, told = BAD_PARTS[mistake]
-  assert refusal(build, **spec) == told
-
-
-def test_a_hint_does_not_offer_what_only_the_run_may_set():
-  assert refusal(build, fn=BRANCH, child=0, zzz=0).endswith('known: child, sizes')
-
-
-def test_a_teacher_that_is_given_reaches_the_function():
-  assert build(GIVEN | dict(teacher='D'), fn=DISTIL, weight=0.5) == ('model', 'D', 0.5)
-
-
-@pytest.mark.parametrize(
-  'path', ['no_such_module:f', 'cmjax.times:no_such_function', 'cmjax.times', ':f', '']
-)
-def test_an_import_path_that_leads_nowhere_is_named(path):
-  assert refusal(build, fn=path).startswith(f'config.part.fn: cannot import {path!r} (')
-
-
-def test_build_each_builds_by_name_and_names_the_part_at_fault():
-  parts = configs.ConfigDict(dict(a=dict(fn=LEAF, value=1.0), b=dict(fn=LEAF, value=2)))
-  built = configs.build_each(parts, 'config.parts')
-  assert {name: made['value'] for name, made in built.items()} == dict(a=1.0, b=2)
-  parts.b.value = -2
-  told = refusal(configs.build_each, parts, 'config.parts')
-  assert told == 'config.parts.b: value must not be negative'
-
+from tests.test_build import LEAF, refusal
 
 # The top level ---------------------------------------------------------------------
 
@@ -178,13 +39,18 @@ def test_a_whole_config_is_returned_as_it_is(config):
 
 
 BAD_VALUES = {
+  'evaluation.samples': (1, 'config.evaluation.samples: must be between 2 and '),
+  'total_images': (10**100, 'config.total_images: must not exceed 2**53'),
+  'every.checkpoint_steps': (2**40, 'config.every.checkpoint_steps: must be between'),
+  'evaluation.seed': (2**32, 'config.evaluation.seed: must be between 0 and 4,294,967'),
   'batchsize': (8, 'config.batchsize: unknown key, did you mean batch_size?'),
   'every.log_step': (1, 'config.every.log_step: unknown key, did you mean log_steps?'),
   'seed': (..., 'config.seed: missing; configs/parts.py:base() holds every key'),
   'evaluation.pictured': (..., 'config.evaluation.pictured: missing; '),
   'batch_size': (8.0, 'config.batch_size: must be int, got 8.0'),
-  'total_images': (True, 'config.total_images: must be int, got True'),
+  'max_skipped_steps': (True, 'config.max_skipped_steps: must be int, got True'),
   'init_from': (None, 'config.init_from: must be str, got None'),
+  'accumulate': (float('nan'), 'config.accumulate: must be int, got nan'),
   'grad_clip_norm': ('1', "config.grad_clip_norm: must be float, got '1'"),
   'network': ({}, "config.network: needs fn='package.module:function'"),
   'data': ('digits', "config.data: must be a dict, got 'digits'"),
@@ -202,7 +68,7 @@ def test_a_mistake_at_the_top_level_names_the_key(key, config):
 
 def test_load_refuses_a_file_that_is_not_there():
   told = refusal(configs.load, 'configs/no_such_config.py')
-  assert told.startswith('config: no file configs/no_such_config.py')
+  assert told.startswith("--config: no file 'configs/no_such_config.py'")
 
 
 def test_a_config_may_import_its_neighbours_and_is_checked(tmp_path, monkeypatch):
@@ -240,6 +106,137 @@ def test_differences_are_told_by_key(config):
   assert configs.differences(other, changed(config, 'network.sizes', (1, 2))) == {}
 
 
+def test_a_config_may_import_those_that_ship_and_leaves_no_name_of_theirs(tmp_path):
+  (tmp_path / 'own.py').write_text(
+    'from cmjax.configs import edm, parts\n'
+    'def get_config(width):\n'
+    '  c = edm.get_config("digits")\n'
+    '  c.network.width = int(width)\n'
+    '  return c\n'
+  )
+  assert configs.load(f'{tmp_path / "own.py"}:24').network.width == 24
+  assert not {'own', 'edm', 'parts', 'config_own'} & set(sys.modules)
+
+
+def test_a_mistake_in_a_config_file_keeps_its_traceback(tmp_path):
+  (tmp_path / 'own.py').write_text('def get_config():\n  raise ValueError("mine")\n')
+  with pytest.raises(ValueError, match='mine') as error:
+    configs.load(tmp_path / 'own.py')
+  assert not isinstance(error.value, UserError)
+  (tmp_path / 'none.py').write_text('x = 3\n')
+  assert 'has no function get_config' in refusal(configs.load, tmp_path / 'none.py')
+
+
+def test_configs_that_ship_load_by_name_anywhere(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert configs.load('ect:digits') == configs.load(ROOT / 'configs' / 'ect.py:digits')
+  assert refusal(configs.load, 'etc:digits').startswith(
+    "--config: no config 'etc', did you mean ect?"
+  )
+  known = configs.shipped()
+  assert set(known) == {p.stem for p in (ROOT / 'configs').glob('[a-z]*.py')} - {
+    'parts'
+  }
+  assert known['ict'] == 'Improved consistency training: from data alone.'
+
+
+def test_the_config_of_a_run_is_loaded_as_data(tmp_path, config):
+  path = tmp_path / 'config.json'
+  path.write_text(configs.to_json(config))
+  assert configs.load(path) == config
+  del (older := json.loads(path.read_text()))['mesh']
+  path.write_text(json.dumps(older))
+  assert configs.load(path) == config  # a key that did not exist then is filled in
+
+
+@pytest.mark.parametrize(
+  'text',
+  ['[]', '3', 'null', '{}', '', '{', '"x"', '[' * 100_000, '{"a":' * 100_000, '\0'],
+)
+def test_json_that_is_no_config_is_one_line(text):
+  told = refusal(configs.from_json, text, 'RUN/config.json')
+  assert told.startswith('RUN/config.json: holds no config (')
+  assert len(told) < 300
+
+
+OVERRIDES = {
+  'seed=7': 7,
+  'grad_clip_norm=1': 1.0,
+  'init_from=runs/x': 'runs/x',
+  'network.width=24': 24,
+  'network.dropout=0.5': 0.5,
+  'network.log_weight=true': True,
+  'network.dtype=bfloat16': 'bfloat16',
+  'mesh.fsdp=True': True,
+  'optimizer.learning_rate.peak=3e-4': 3e-4,
+  'optimizer.eps_root=1e-3': 1e-3,  # a keyword of the function that the config has not
+  'samplers.heun.steps=5': 5,
+  'objective.label_dropout=0.25': 0.25,
+  'target_rate.fn=cmjax.schedules:constant': 'cmjax.schedules:constant',
+  'samplers.mine.fn=cmjax.samplers:one_step': 'cmjax.samplers:one_step',
+}
+
+
+@pytest.mark.parametrize('flag', OVERRIDES)
+def test_a_value_is_set_from_text(flag, config):
+  key, _, text = flag.partition('=')
+  configs.override(config, key, text)
+  value = config
+  for name in key.split('.'):
+    value = value[name]
+  assert value == OVERRIDES[flag]
+  assert type(value) is type(OVERRIDES[flag])
+  configs.checked(config)
+
+
+def test_a_tuple_is_set_from_text_with_brackets_or_without():
+  config = configs.load('ect:digits')
+  for text in ('(80.0, 0.5)', '[80.0, 0.5]', '80.0,0.5'):
+    configs.override(config, 'samplers.two_steps.times', text)
+    assert config.samplers.two_steps.times == (80.0, 0.5)
+  configs.override(config, 'samplers.two_steps.times', '80.0')
+  assert config.samplers.two_steps.times == (80.0,)
+
+
+BAD_OVERRIDES = {
+  'optimizer.lr=5': (
+    '--config.optimizer.lr: optax:adam has no such key, did you mean learning_rate?'
+  ),
+  'total_image=5': '--config.total_image: unknown key, did you mean total_images?',
+  'netwrok.width=5': '--config.netwrok: unknown key, did you mean network?',
+  'network.widht=5': (
+    '--config.network.widht: cmjax.networks.mlp:mlp has no such key, did you mean '
+    'width?'
+  ),
+  'every.log_step=5': '--config.every.log_step: unknown key, did you mean log_steps?',
+  'seed=many': "--config.seed=many: must be int, got 'many'",
+  'batch_size=1e3': "--config.batch_size=1e3: must be int, got '1e3'",
+  'network.log_weight=2': "--config.network.log_weight=2: must be bool, got '2'",
+  'network=5': '--config.network: holds keys of its own; set one of blocks, clocks,',
+  'seed.x=5': '--config.seed.x: config.seed is a value, without keys',
+  'seed=': "--config.seed=: must be int, got ''",
+  f'seed={"9" * 100_000}': '--config.seed=9999',
+  '=5': '--config.: unknown key',
+  '..=5': '--config.: unknown key',
+}
+
+
+@pytest.mark.parametrize('flag', BAD_OVERRIDES)
+def test_a_mistake_in_a_flag_names_the_key_and_its_neighbour(flag, config):
+  before = configs.to_json(config)
+  key, _, text = flag.partition('=')
+  told = refusal(configs.override, config, key, text)
+  assert told.startswith(BAD_OVERRIDES[flag])
+  assert len(told) < 700
+  assert configs.to_json(config) == before
+
+
+def test_a_student_follows_a_teacher_that_is_set_by_a_flag():
+  config = configs.load('cd:digits')
+  configs.override(config, 'teacher', 'runs/edm')
+  assert config.init_from == 'runs/edm'
+
+
 @pytest.mark.parametrize('name', ['edm.py:digits', 'ect.py:cifar10', 'ct.py:toy2d'])
 def test_json_and_back_is_the_same_config(name):
   config = configs.load(ROOT / 'configs' / name)
@@ -255,18 +252,3 @@ def test_tuples_survive_json():
   assert again.a == (1, (2.5, 'x'))
   assert again.b.empty == ()
   assert again.c is None
-
-
-def test_schedules_are_found_wherever_they_are():
-  config = configs.load(ROOT / 'configs' / 'ct.py:toy2d')
-  found = configs.schedules(config, batch_size=512, total_images=512 * 100)
-  assert set(found) == {
-    'config.ema.slow',
-    'config.objective.pairs.bins',
-    'config.optimizer.learning_rate',
-    'config.target_rate',
-  }
-  rate, spec = found['config.optimizer.learning_rate'], config.optimizer.learning_rate
-  assert spec.fn == 'cmjax.schedules:cosine'
-  # Half a cosine stands at half its height half-way, to the rounding of float32.
-  assert float(rate(50)) == pytest.approx(spec.peak / 2, rel=1e-6)

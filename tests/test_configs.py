@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from cmjax import checkpoint, core, data, pretrained, sharding, train
+from cmjax import build, checkpoint, core, data, pretrained, sharding, train
 from cmjax import config as configs
 from cmjax import run as runs
 from tests.conftest import ROOT
@@ -56,9 +56,9 @@ def stand_ins(monkeypatch):
     return source
 
   def teacher_of(config):
-    def load(path, *, mesh, say):
-      network, f = configs.build_model(config)
-      data = configs.build(config.data, 'config.data')
+    def load(path, *, trust, mesh, say):
+      network, f = build.build_model(config)
+      data = build.build(config.data, 'config.data')
       inputs = pretrained.example_inputs(data.shape, data.classes, network.clocks)
       zeros = jax.tree.map(lambda a: jax.numpy.zeros(a.shape, a.dtype), inputs)
       params = network.init(jax.random.key(1), *zeros)
@@ -81,7 +81,7 @@ def test_config_says_how_to_reproduce_it(path):
   docstring = path.read_text(encoding='utf-8').split('"""')[1]
   for record in ('Command:', 'Hardware:', 'Source:', 'Expected:', 'Measured:'):
     assert record in docstring
-  assert f'--config=configs/{path.name}:' in docstring
+  assert f'--config={path.stem}:' in docstring
   needed = load(f'{path.name}:digits')
   for flag in ('init_from', 'teacher'):
     given = f'--config.{flag}=' in docstring

@@ -372,13 +372,13 @@ def test_stable_ct_without_a_reference_set_is_refused():
 
 @pytest.mark.parametrize('edges', [(2.0, 0.5), (0.5, 0.5), (0.0, 1.0), (-1.0,)])
 def test_edges_that_do_not_ascend_from_above_zero_are_refused(edges):
-  with pytest.raises(ValueError, match='edges must ascend from above zero'):
+  with pytest.raises(ValueError, match='edges must'):
     tuned(discrete.stable_ct, threshold=0.0, edges=edges)
 
 
 @pytest.mark.parametrize('choices', [dict(threshold=-1.0), dict(threshold=0, block=0)])
 def test_thresholds_and_blocks_that_are_none_are_refused(choices):
-  with pytest.raises(ValueError, match='needs threshold='):
+  with pytest.raises(ValueError, match=r'(threshold|block) must'):
     tuned(discrete.stable_ct, **choices)
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import time
 
 import numpy as np
 from PIL import Image
@@ -161,6 +162,60 @@ def test_rows_of_steps_that_are_made_again_are_dropped_and_a_cut_one_too(tmp_pat
   assert [p.name for p in tmp_path.glob('metrics*')] == ['metrics.jsonl']
 
 
+ROWS = [b'{"step": 1, "loss": 0.5}', b'{"step": 2, "loss": null}', b'{"step":3}']
+DAMAGE = {
+  'binary': bytes(range(10)) + bytes(range(11, 256)),
+  'not UTF-8': b'{"step": 2, "name": "\xe9"}',
+  'the first half': b'{"step": 2, "lo',
+  'the second half': b'ss": 2}',
+  'a list': b'[]',
+  'a number': b'2',
+  'a text': b'"step"',
+  'null': b'null',
+  'no step': b'{"loss": 0.5}',
+  'null step': b'{"step": null}',
+  'a text for a step': b'{"step": "2"}',
+  'true': b'{"step": true}',
+  'infinite': b'{"step": 1e999}',
+  'deep': b'[' * 100_000,
+  'a flipped bit': b'{"step": 2, "loss": 0.5]',
+}
+
+
+@pytest.mark.parametrize('damage', DAMAGE)
+@pytest.mark.parametrize('place', range(3))
+def test_damaged_rows_are_dropped_and_counted_and_no_other(
+  damage, place, tmp_path, capsys
+):
+  path = tmp_path / 'metrics.jsonl'
+  rows = [*ROWS[:place], DAMAGE[damage], b' ', DAMAGE[damage], *ROWS[place:]]
+  path.write_bytes(b'\n'.join([*rows, b'{"step": 9}', b'']))
+  log = logs.RunLog(tmp_path, primary=True, start=3)
+  log.scalars(4, {'loss': 1.0})
+  log.close()
+  new = b'{"step": 4, "loss": 1.0}'
+  assert path.read_bytes() == b'\n'.join([*ROWS, new, b''])
+  said = f'{path}: dropped 2 row(s) that cannot be read\n'
+  assert capsys.readouterr().out == said
+
+
+@pytest.mark.parametrize('last', [b'', b'\n', b'\r\n'])
+def test_the_last_row_is_kept_without_its_end_and_dropped_if_it_is_cut(
+  last, tmp_path, capsys
+):
+  path = tmp_path / 'metrics.jsonl'
+  path.write_bytes(b'{"step": 1}\n{"step": 2}' + last)
+  logs.RunLog(tmp_path, primary=True, start=3).close()
+  assert [row['step'] for row in lines(tmp_path)] == [1, 2]
+  path.write_bytes(b'{"step": 1}\n{"step": 2')
+  logs.RunLog(tmp_path, primary=True, start=3).close()
+  assert [row['step'] for row in lines(tmp_path)] == [1]
+  path.write_bytes(b'')
+  logs.RunLog(tmp_path, primary=True, start=3).close()
+  assert lines(tmp_path) == []
+  assert capsys.readouterr().out == ''  # that is how a kill leaves it
+
+
 def events(workdir):
   found = event_accumulator.EventAccumulator(str(workdir / 'tensorboard'))
   return found.Reload()
@@ -218,6 +273,34 @@ def test_time_left_is_that_of_the_steps_of_this_start(capsys, monkeypatch):
   assert 'left=200s' in capsys.readouterr().out
 
 
+def test_the_time_to_compile_is_not_in_the_time_left(capsys, monkeypatch):
+  now = iter([0.0, 100.0, 100.0, 102.0])  # made, compiled, reported, reported again
+  monkeypatch.setattr(time, 'monotonic', lambda: next(now))
+  progress = logs.Progress(start=0, total=11)
+  progress.restart(1)
+  progress.report(1, {'loss': 1.0})
+  progress.report(3, {'loss': 1.0})
+  out = capsys.readouterr().out
+  assert out == 'step 1/11 loss=1 left=?\nstep 3/11 loss=1 left=8s\n'
+
+
+def test_what_takes_long_says_how_far_it_is(capsys, monkeypatch):
+  now = iter(range(0, 1000, 6))
+  monkeypatch.setattr(time, 'monotonic', lambda: next(now))
+  assert list(logs.counted(list('abcde'), 64, 'samples')) == list('abcde')
+  # The clock goes on by 6 s a look: more than ten seconds are over every second one.
+  assert capsys.readouterr().out.splitlines() == [
+    '64/320 samples left=48s',
+    '192/320 samples left=16s',
+  ]
+
+
+def test_json_has_null_for_what_it_cannot_hold(tmp_path):
+  path = tmp_path / 'new' / 'facts.json'
+  logs.write_json(path, {'a': [1.5, math.nan], 'b': {'c': (math.inf, 'x')}})
+  assert json.loads(path.read_text()) == {'a': [1.5, None], 'b': {'c': [None, 'x']}}
+
+
 def test_progress_is_a_bar_on_a_terminal(capsys, monkeypatch):
   monkeypatch.setattr(logs.sys.stderr, 'isatty', lambda: True, raising=False)
   progress = logs.Progress(start=10, total=30)
@@ -239,3 +322,34 @@ def test_events_of_the_same_second_are_all_kept(tmp_path):
     (1, 1.0),
     (2, 2.0),
   ]
+
+
+@pytest.mark.parametrize(
+  ('value', 'text'),
+  [
+    (1024.0, '1024'),
+    (16384, '16384'),
+    (0.0, '0'),
+    (80.0, '80'),
+    (1023.5, '1.02e+03'),
+    (0.123456, '0.123'),
+    (float('nan'), 'nan'),
+    (float('inf'), 'inf'),
+    (1e30, '1e+30'),
+  ],
+)
+def test_whole_numbers_of_a_table_are_in_full(value, text):
+  assert logs.number(value) == text
+
+
+def test_curves_leave_a_gap_where_an_axis_of_logarithms_has_no_place():
+  rows = [{'t': t, 'y': y} for t, y in ((1.0, 0.1), (10.0, 0.0), (100.0, 0.1))]
+  gap = logs.curves(rows, 't', ('y',))
+  kept = logs.curves([rows[0], rows[2]], 't', ('y',))
+  assert gap.shape == kept.shape
+  blue = np.all(np.abs(gap.astype(int) - [31, 119, 180]) < 30, axis=-1)
+  line = np.all(np.abs(kept.astype(int) - [31, 119, 180]) < 30, axis=-1)
+  # Below the legend: two points against a line through the picture.
+  assert (
+    0 < np.sum(np.any(blue[100:], axis=0)) < 0.2 * np.sum(np.any(line[100:], axis=0))
+  )

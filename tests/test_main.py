@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
+import cmjax
 from cmjax import data, evaluate, main, pretrained
 from tests.conftest import ROOT
 
@@ -77,18 +78,73 @@ MISTAKES = {
     [*SMALL, NEW, '--process=1'],
     r'--process go with --coordinator=HOST:PORT',
   ),
-  'no config': ([NEW], r'give --config=FILE'),
+  'no config': ([NEW], r'give --config=NAME'),
   'no workdir': (SMALL, r'give --workdir=DIR'),
-  'unknown flag': ([*SMALL, NEW, '--workdri=x'], r"flag 'workdri'"),
-  'unknown mode': ([*SMALL, NEW, '--mode=trian'], r'--mode=trian: .*train\|sample'),
+  'unknown flag': ([*SMALL, NEW, '--workdri=x'], r'--workdri, did you mean --workdir'),
+  'unknown mode': ([*SMALL, NEW, '--mode=trian'], r"--mode: .*'trian' .*train.*sample"),
+  'no number': ([*SMALL, NEW, '--process=x'], r"--process: invalid int value: 'x'"),
   'unexpected argument': ([*SMALL, NEW, 'train'], r"unexpected 'train'"),
   'unknown key': ([*SMALL, NEW, '--config.batchsize=8'], r'batchsize.*batch_size'),
   'unknown key of a part': ([*SMALL, NEW, '--config.network.widht=8'], r'widht.*width'),
   'wrong type': ([*SMALL, NEW, '--config.seed=many'], r"--config\.seed=many: .*'many'"),
   'float for an int': ([*SMALL, NEW, '--config.batch_size=1e3'], r'batch_size=1e3: '),
-  'key before config': (
-    ['--config.seed=1', *SMALL, NEW],
-    r'--config\.seed=1 .*before a value for --config',
+  'key of an optimiser': (
+    [*SMALL, NEW, '--config.optimizer.lr=5'],
+    r'optimizer\.lr: optax:adam has no such key, did you mean learning_rate\?',
+  ),
+  'key without its end': (
+    [*SMALL, NEW, '--config.total_image=8'],
+    r'mean total_images\?',
+  ),
+  'a rate that is no number': (
+    [*SMALL, NEW, '--config.optimizer.learning_rate.peak=nan'],
+    r'config\.optimizer\.learning_rate\.peak: must be finite',
+  ),
+  'a rate below zero': (
+    [*SMALL, NEW, '--config.optimizer.learning_rate.peak=-1'],
+    r'config\.optimizer\.learning_rate: peak must be finite and at least 0',
+  ),
+  'a share of Adam beyond one': (
+    [*SMALL, NEW, '--config.optimizer.b2=1.5'],
+    r'config\.optimizer\.b2: must be in \[0, 1\), got 1\.5',
+  ),
+  'an average that never follows': (
+    [*SMALL, NEW, '--config.ema.slow.value=1.5'],
+    r'config\.ema\.slow: must be in \[0, 1\), and is 1\.5 at step 0',
+  ),
+  'no noise at all': (
+    [*SMALL, NEW, '--config.precond.sigma_data=0'],
+    r'config\.precond: .*sigma_data',
+  ),
+  'a grid upside down': (
+    [*SMALL, NEW, '--config.samplers.heun.sigma_min=100'],
+    r'config\.samplers\.heun: .*sigma_min',
+  ),
+  'nothing to start from, in a dry run': (
+    [ECT, '--mode=dry_run', '--config.init_from=@/nowhere'],
+    r'config\.init_from: .*nowhere: no checkpoints there',
+  ),
+  'a batch larger than the data': (
+    [*SMALL, NEW, '--config.batch_size=4096', '--config.total_images=40960'],
+    r'config\.batch_size: .*4,?096.*1,?797',
+  ),
+  'one sample': ([*SMALL, NEW, '--config.evaluation.samples=1'], r'between 2 and'),
+  'more than any machine holds': (
+    [*SMALL, NEW, '--config.network.width=65536', '--config.network.blocks=100'],
+    r'config\.network: parameters, averages .* GiB, and this machine has',
+  ),
+  'an integer of a hundred digits': (
+    [*SMALL, NEW, f'--config.network.width={10**100}'],
+    r'config\.network\.width: must not exceed 2\*\*53',
+  ),
+  'a bucket': ([*SMALL, '--workdir=gs://bucket/run'], r'gs://bucket/run'),
+  'a network that is a string': (
+    [*SMALL, NEW, '--config.network.fn=tests.test_main:text_network'],
+    r'config\.network\.fn: .*text_network returned a value of type str',
+  ),
+  'a sampler that is a string': (
+    [*SMALL, NEW, '--config.samplers.mine.fn=tests.test_main:text_sampler'],
+    r'config\.samplers\.mine: must return Samples, not a value of type str',
   ),
   'not positive': ([*SMALL, NEW, '--config.keep_checkpoints=0'], r'keep_checkpoints: '),
   'no such function': (
@@ -123,9 +179,9 @@ MISTAKES = {
     ['--config=configs/none.py', NEW],
     r"--config: no file 'configs/none\.py'",
   ),
-  'a folder for a file': (['--config=configs', NEW], r"--config: no file 'configs'"),
-  'no file': (['--config=', NEW], r"--config: no file ''"),
-  'unknown part': ([*SMALL, NEW, '--config.nonesuch.x=8'], r"unknown key 'nonesuch'"),
+  'a folder for a file': (['--config=configs', NEW], r"--config: no config 'configs'"),
+  'no file': (['--config=', NEW], r'give --config=NAME'),
+  'unknown part': ([*SMALL, NEW, '--config.nonesuch.x=8'], r'nonesuch: unknown key'),
   'workdir is a file': (
     [*SMALL, '--workdir=@/TRAINED/config.json'],
     r'--workdir: .*config\.json is a file',
@@ -152,7 +208,7 @@ MISTAKES = {
   ),
   'seed beyond 32 bits': (
     [*SMALL, NEW, f'--config.seed={2**32}'],
-    r'config\.seed: must be below 2\*\*32',
+    r'config\.seed: must be between 0 and 4,294,967,295',
   ),
   'never told as a negative': (
     [*SMALL, NEW, '--config.every.picture_steps=-1'],
@@ -236,7 +292,7 @@ MISTAKES = {
       '--config.init_from=@/TRAINED',
       '--config.objective.edges=(2.0,1.0)',
     ],
-    r'config\.objective: edges must ascend from above zero',
+    r'config\.objective: edges must ascend',
   ),
   'more stages than steps': (
     ['--config=configs/ict.py:digits', NEW, '--config.total_images=300'],
@@ -250,7 +306,7 @@ MISTAKES = {
   'compile for nothing': ([*SMALL, '--mode=compile'], r'needs --topology=CHIPS'),
   'compile without a config': (
     ['--mode=compile', '--topology=v5e:2x2'],
-    r'give --config=FILE',
+    r'give --config=NAME',
   ),
   'compile for an unknown chip': (
     [*SMALL, '--mode=compile', '--topology=v9:2x2'],
@@ -270,6 +326,45 @@ MISTAKES = {
     r'^cmjax: config\.data\.name: missing',
   ),
 }
+
+
+def text_network(
+  width, blocks, embedding, dropout, noise_scale, clocks, log_weight, dtype
+):
+  """A user's network that is none."""
+  return 'a string'
+
+
+def text_sampler():
+  """A user's sampler whose samples are none."""
+  return lambda f, params, keys, cond, shape: 'a string'
+
+
+def failing_loss(f, times, sigma_data, label_dropout):
+  """A user's objective with a mistake in it."""
+
+  def loss(nets, batch, step, keys):
+    return batch.no_such_field
+
+  return loss
+
+
+def failing_builder(f, times, sigma_data, label_dropout):
+  """A user's objective that cannot be built."""
+  raise TypeError('my own mistake')
+
+
+# What fails in functions of the user's: their traceback, from their own line on.
+THEIRS = {
+  'in a loss': (
+    [*SMALL, NEW, '--config.objective.fn=tests.test_main:failing_loss'],
+    'return batch.no_such_field',
+  ),
+  'in a builder': (
+    [*SMALL, NEW, '--config.objective.fn=tests.test_main:failing_builder'],
+    "raise TypeError('my own mistake')",
+  ),
+}
 # What goes well; the first two each in a copy of the trained run.
 COMMANDS = {
   'study': [
@@ -284,10 +379,25 @@ COMMANDS = {
     '--config.studies.discrete_limit.samples=4',
   ],
   'sample': ['--mode=sample', '--workdir=@/SAMPLED'],
+  'list configs': ['--mode=configs'],
+  'key before config': ['--config.seed=1', *SMALL, '--mode=dry_run'],
+  'go on': ['--workdir=@/GONE_ON'],
+  'evaluate others': [
+    '--mode=evaluate',
+    '--workdir=@/GONE_ON',
+    '--config.sample_weights=online',
+  ],
+  'dry run of a run': ['--mode=dry_run', '--config=@/TRAINED/config.json'],
   'evaluate': ['--mode=evaluate', '--workdir=@/EVALUATED'],
   'weights out': ['--mode=port', '--from=@/TRAINED', '--to=@/PORTED/w.safetensors'],
   'and in': ['--mode=port', '--from=@/PORTED/w.safetensors', '--to=@/PORTED/back'],
   'sample of them': ['--mode=sample', '--workdir=@/PORTED/back'],
+  'sample a file': [
+    '--mode=sample',
+    '--workdir=@/PORTED/w.safetensors',
+    '--labels=3,7',
+    '--config.evaluation.pictured=6',
+  ],
   'train there': [*SMALL, '--workdir=@/PORTED/back'],
   'teach with them': [
     '--config=configs/cd.py:digits',
@@ -306,6 +416,8 @@ COMMANDS = {
 DRIVER = """
 import json, os, sys, tempfile, traceback
 from cmjax import main
+from cmjax.modes import bench, compile, configs, dry_run, evaluate, port, sample, study
+from cmjax.modes import train
 
 for argv in json.load(sys.stdin):
   with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
@@ -313,11 +425,8 @@ for argv in json.load(sys.stdin):
     if not child:
       os.dup2(out.fileno(), 1)
       os.dup2(err.fileno(), 2)
-      sys.argv, code = ['cmjax', *argv], 0
       try:
-        main.main()
-      except SystemExit as stop:
-        code = stop.code
+        code = main.main(argv)
       except BaseException:
         traceback.print_exc()
         code = 1
@@ -371,7 +480,7 @@ def answers(place, trained):
   """Exit code, output and error output of each command; what was there before all."""
   (place / 'EMPTY').mkdir()
   (place / 'page.pkl').write_text('<!DOCTYPE html><html>Not found</html>')
-  for copy in ('SAMPLED', 'EVALUATED', 'STUDIED'):
+  for copy in ('SAMPLED', 'EVALUATED', 'STUDIED', 'GONE_ON'):
     shutil.copytree(trained[0], place / copy)
   (place / 'SAMPLED' / 'samples' / 'step_00000003').mkdir(parents=True)
   for suffix in ('.json', '.md'):
@@ -379,7 +488,7 @@ def answers(place, trained):
     earlier.write_text('kept')
   before = listing(place)
 
-  lines = {name: argv for name, (argv, _) in MISTAKES.items()} | COMMANDS
+  lines = {name: argv for name, (argv, _) in (MISTAKES | THEIRS).items()} | COMMANDS
   for name, argv in lines.items():
     own = [argument.replace('@/NEW', f'@/NEW/{name}') for argument in argv]
     lines[name] = [argument.replace('@', str(place)) for argument in own]
@@ -413,6 +522,18 @@ def test_a_mistake_is_one_line_that_names_it(mistake, answers, place):
   assert not (place / 'NEW' / mistake).exists()
 
 
+@pytest.mark.parametrize('mistake', THEIRS)
+def test_a_mistake_of_the_users_own_shows_their_line(mistake, answers, place):
+  code, _, err = answers[0][mistake]
+  assert code == 1
+  lines = err.splitlines()
+  assert lines[0] == 'Traceback (most recent call last):'
+  assert f'{Path(__file__).name}", line ' in lines[1]  # theirs is the first
+  assert THEIRS[mistake][1] in err
+  assert 'raised in config.objective' in err
+  assert not (place / 'NEW' / mistake).exists()
+
+
 def test_nothing_is_touched_but_what_the_commands_write(answers, place):
   before, after = answers[1], listing(place)
   new = {Path(name) for name in after.keys() - before.keys()}
@@ -427,8 +548,88 @@ def test_nothing_is_touched_but_what_the_commands_write(answers, place):
     ('PORTED', 'w.safetensors'),
     ('PORTED', 'back'),
     ('PORTED', 'taught'),
+    ('PORTED', 'w.safetensors.results'),
+    ('GONE_ON', 'tensorboard'),
+    ('GONE_ON', 'evaluation_00000003.json'),
+    ('GONE_ON', 'evaluation_00000003.md'),
   }
   assert {name: after.get(name) for name in before} == before
+
+
+def test_a_run_goes_on_by_its_folder_alone(answers, place):
+  code, out, err = answers[0]['go on']
+  assert (code, err) == (0, '')
+  assert 'goes on from step 3' in out
+  assert out.splitlines()[-1] == f'done: {place / "GONE_ON"}'
+
+
+def test_a_value_of_a_runs_own_config_can_be_set(answers, place):
+  code, out, err = answers[0]['evaluate others']
+  assert code == 0, err
+  assert 'weights online' in out
+  found = json.loads((place / 'GONE_ON' / 'evaluation_00000003.json').read_text())
+  assert found['config']['sample_weights'] == 'online'
+  code, out, err = answers[0]['dry run of a run']
+  assert code == 0, err
+  assert '3 steps of 8 on' in out
+
+
+def test_a_file_of_weights_is_sampled_without_its_data(answers, place):
+  code, _, err = answers[0]['sample a file']
+  assert code == 0, err
+  folder = place / 'PORTED' / 'w.safetensors.results' / 'samples' / 'step_00000003'
+  found = np.load(folder / 'heun.npz')
+  assert found['images'].shape == (6, 8, 8, 1)
+  np.testing.assert_array_equal(found['labels'], [3, 7, 3, 7, 3, 7])
+  source = data.digits()  # whose range the file of weights holds
+  shown = np.asarray(Image.open(folder / 'heun.png'))
+  np.testing.assert_array_equal(shown, evaluate.picture(source, found['images']))
+
+
+def test_the_configs_that_ship_are_listed(answers):
+  code, out, err = answers[0]['list configs']
+  assert (code, err) == (0, '')
+  assert 'ict            Improved consistency training: from data alone.' in out
+  assert answers[0]['key before config'][0] == 0
+
+
+def test_version_and_help_take_no_time_and_load_no_jax():
+  code = (
+    'import sys; from cmjax import main; code = main.main(sys.argv[1:]); '
+    'print(sorted({"jax", "numpy", "matplotlib"} & set(sys.modules)), code)'
+  )
+  for argv, told in (
+    (['--version'], f'cmjax {cmjax.__version__}'),
+    (['--help'], 'usage: cmjax --config=NAME'),
+    (['--mdoe=x'], ''),
+  ):
+    done = python('-c', code, *argv)
+    assert done.stdout.startswith(told)
+    assert done.stdout.splitlines()[-1] == ('[] 2' if not told else '[] 0')
+  done = python('-m', 'cmjax', '--version')
+  assert done.stdout == f'cmjax {cmjax.__version__}\n'
+
+
+def test_ctrl_c_while_cmjax_is_being_imported_is_one_line(tmp_path):
+  (tmp_path / 'jax.py').write_text('raise KeyboardInterrupt\n')  # as if it came then
+  done = python(
+    '-m', 'cmjax', '--config=edm:digits', env=os.environ | {'PYTHONPATH': str(tmp_path)}
+  )
+  assert done.returncode == 130
+  assert done.stderr.startswith('cmjax: stopped; ')
+  assert done.stderr.count('\n') == 1
+
+
+def test_in_a_notebook_a_mistake_is_an_exit_code(capsys):
+  assert main.main(['--config=none:x', '--mode=dry_run']) == 2
+  assert capsys.readouterr().err.startswith("cmjax: --config: no config 'none'")
+
+
+def test_debug_shows_where_a_mistake_was_noticed(capsys):
+  assert main.main(['--config=none:x', '--mode=dry_run', '--debug']) == 2
+  err = capsys.readouterr().err
+  assert 'Traceback' in err
+  assert err.splitlines()[-1].startswith('cmjax: --config: no config')
 
 
 def test_samples_are_the_picture_and_the_arrays(answers, place):
@@ -513,7 +714,7 @@ def test_a_bench_is_a_table_and_its_numbers(answers, place):
   code, out, err = answers[0]['bench']
   assert code == 0, err
   found = json.loads((place / 'BENCH' / 'bench.json').read_text())
-  assert f'| a step, median | {1e3 * found["step_s"]:.1f} ms |' in out
+  assert f'| a step | {1e3 * found["step_s"]:.1f} ms |' in out
   assert found['config']['batch_size'] == found['batch_size'] == 8
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 
+from cmjax import build, optimizers
 from cmjax import config as configs
-from cmjax import optimizers
 from cmjax.networks import edm2
 
 
@@ -65,7 +65,7 @@ def test_a_config_can_ask_for_it():
     fn='cmjax.optimizers:unit_weights',
     optimizer=dict(fn='optax:sgd', learning_rate=1.0),
   )
-  tx = configs.build(configs.ConfigDict(part), 'config.optimizer')
+  tx = build.build(configs.ConfigDict(part), 'config.optimizer')
   params = {'weight': jnp.full((4, 2), 3.0), 'bias': jnp.ones(2)}
   updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
   moved = optax.apply_updates(params, updates)

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from cmjax import core, train
+from cmjax import checkpoint, core, train
 from cmjax import run as runs
 from tests.test_train import small
 
@@ -91,3 +91,49 @@ def test_an_average_may_not_be_called_as_the_live_weights(one_device):
     config.ema = dict(online=dict(fn='cmjax.schedules:constant', value=0.9))
   with pytest.raises(core.UserError, match=r'config\.ema\.online'):
     runs.prepare(config, one_device)
+
+
+# Subjects of studies ---------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def with_target(tmp_path_factory, one_device):
+  """A run with a target network, and its last state."""
+  half = dict(fn='cmjax.schedules:constant', value=0.5)
+  config = small(target_rate=half, total_images=32 * 5, every__checkpoint_steps=2)
+  config.keep_checkpoints = 3
+  run = runs.prepare(config, one_device)
+  workdir = tmp_path_factory.mktemp('target') / 'run'
+  return workdir, run, train.train(run, workdir, {})
+
+
+def test_a_subject_has_the_target_network_of_its_checkpoint(with_target):
+  workdir, _, state = with_target
+  subject = runs.subject_of(runs.reopen(workdir))
+  jax.tree.map(np.testing.assert_array_equal, subject.nets.target, state.target)
+  differ = jax.tree.map(
+    lambda a, b: bool(np.any(a != b)), subject.nets.target, subject.nets.online
+  )
+  assert any(jax.tree.leaves(differ))
+
+
+def test_a_subject_is_of_the_next_step_and_at_the_end_of_the_last(with_target):
+  workdir, _, _ = with_target
+  steps = {}
+  for step in (2, 4, 5):
+    opened = runs.reopen(workdir / 'checkpoints' / str(step))
+    steps[step] = runs.subject_of(opened).step
+  assert steps == {2: 2, 4: 4, 5: 4}  # of 5 steps, 0 to 4
+
+
+def test_weights_alone_have_no_target_network_to_study(with_target, tmp_path):
+  _, run, state = with_target
+  meta = run.meta()
+  checkpoint.save_weights(tmp_path, 5, state.params, meta)
+  config = run.config.copy_and_resolve_references()
+  config.sample_weights = checkpoint.ONLINE
+  opened = runs.reopen(tmp_path, config)
+  with pytest.raises(
+    core.UserError, match=r"config\.target_rate: .*no weights 'target'"
+  ):
+    runs.subject_of(opened)

@@ -1,5 +1,6 @@
 """The training step, the loop, and what survives when a run is killed."""
 
+import json
 import os
 from pathlib import Path
 import random
@@ -135,7 +136,7 @@ def test_a_run_that_fell_over_goes_on_to_the_same_bits(name, tmp_path, one_devic
   run = runs.prepare(small(name), one_device)
   straight = train.train(run, tmp_path / 'straight', {})
 
-  def fall(run, params, step, log):
+  def fall(run, params, step, log, check):
     if step == 9:
       raise RuntimeError
 
@@ -237,12 +238,6 @@ def test_ect_on_narrowed_cifar10_learns_a_fixed_batch(one_device):
   assert on_fixed_batch(state.params) < 0.98 * before
 
 
-def test_a_config_cut_by_a_full_disk_is_one_line(tmp_path):
-  (tmp_path / 'config.json').write_text('{"seed": ')
-  with pytest.raises(core.UserError, match=r'config\.json: cannot be read'):
-    train.check_claim(tmp_path, small())
-
-
 def test_a_damaged_checkpoint_is_passed_over_and_kept(tmp_path, one_device, capsys):
   run = runs.prepare(small(), one_device)
   straight = train.train(run, tmp_path, {})
@@ -280,7 +275,7 @@ def test_kill_9_at_a_random_moment_ends_in_the_same_bits(tmp_path, one_device):
   straight = train.train(run, tmp_path / 'straight', {})
   checkpoints = checkpoint.Checkpoints(tmp_path / 'killed', keep=2)
   like = train.abstract_state(run)
-  assert_equal_states(straight, checkpoints.restore(like, logs.say))
+  assert_equal_states(straight, checkpoints.restore(like, logs.say)[0])
   checkpoints.close()
 
 
@@ -352,22 +347,167 @@ def test_parts_that_do_not_divide_the_batch_are_refused():
     runs.prepare(small(accumulate=8))
 
 
-def test_a_run_told_to_stop_saves_its_step_and_goes_on_to_the_same_bits(
+def rows_of(workdir):
+  """What was logged, without what depends on the clock."""
+  rows = [json.loads(line) for line in (workdir / 'metrics.jsonl').open()]
+  return [{k: v for k, v in row.items() if k != 'images_per_s'} for row in rows]
+
+
+def test_a_run_asked_to_stop_saves_its_step_and_goes_on_to_the_same_bits(
   tmp_path, one_device, capsys
 ):
-  run = runs.prepare(small(every__picture_steps=3), one_device)
+  # Neither the notice nor the checkpoints come where a row of metrics ends.
+  run = runs.prepare(small(every__picture_steps=3, every__log_steps=5), one_device)
 
-  def tell(run, params, step, log):
+  def ask(run, params, step, log, check):
     if step == 9:
       os.kill(os.getpid(), signal.SIGTERM)
 
   before = signal.getsignal(signal.SIGTERM)
-  stopped = train.train(run, tmp_path / 'told', {'picture': tell})
-  assert int(stopped.step) == 10  # the step that was under way is ended
-  assert 'told to stop: saved step 10' in capsys.readouterr().out
+  stopped = train.train(run, tmp_path / 'asked', {'picture': ask})
+  assert int(stopped.step) == 9
+  assert 'asked to stop: saved step 9' in capsys.readouterr().out
   assert signal.getsignal(signal.SIGTERM) == before
-  again = train.train(run, tmp_path / 'told', {})
+  again = train.train(run, tmp_path / 'asked', {})
   assert_equal_states(train.train(run, tmp_path / 'straight', {}), again)
+  assert rows_of(tmp_path / 'asked') == rows_of(tmp_path / 'straight')
+
+
+@pytest.mark.parametrize('at', [6, 24])
+def test_what_a_notice_interrupts_is_saved_first_and_done_when_the_run_goes_on(
+  at, tmp_path, one_device, capsys
+):
+  run = runs.prepare(small(every__picture_steps=6, every__evaluate_steps=6), one_device)
+  begun, ended = [], []
+
+  def slow(name):
+    def look(run, params, step, log, check):
+      begun.append((name, step))
+      if begun.count(('picture', at)) == 1 and (name, step) == ('picture', at):
+        os.kill(os.getpid(), signal.SIGTERM)
+      check()
+      ended.append((name, step, float(params['output']['bias'][0])))
+
+    return look
+
+  hooks = {name: slow(name) for name in ('picture', 'evaluate')}
+  assert int(train.train(run, tmp_path, hooks).step) == at
+  said = capsys.readouterr().out
+  assert f'asked to stop: saved step {at}' in said
+  assert 'done: ' not in said
+  state = train.train(run, tmp_path, hooks)
+  assert 'done: ' in capsys.readouterr().out
+  assert [(name, step) for name, step, _ in ended] == [
+    (name, step) for step in (6, 12, 18, 24) for name in ('picture', 'evaluate')
+  ]
+  assert ended[-1][2] == float(state.ema['slow']['output']['bias'][0])
+  assert len(begun) == len(ended) + 1
+
+
+def test_sigterm_during_an_evaluation_ends_it_within_seconds(tmp_path):
+  command = [
+    sys.executable, '-m', 'cmjax.main', '--config=edm:digits', f'--workdir={tmp_path}',
+    *(f'--config.{k}={v}' for k, v in SMALL.items()),
+  ]  # fmt: skip
+  endless = [
+    '--config.every.evaluate_steps=6', '--config.evaluation.samples=5000000',
+    '--config.evaluation.batch_size=64',
+  ]  # fmt: skip
+  environment = os.environ | {'PYTHONPATH': str(ROOT)}
+  process = subprocess.Popen(
+    [*command, *endless], env=environment, stdout=subprocess.PIPE, text=True
+  )
+  while not re.search('samples left=', line := process.stdout.readline()):
+    assert line
+  process.send_signal(signal.SIGTERM)
+  begun = time.monotonic()
+  out, _ = process.communicate(timeout=300)
+  assert process.returncode == 0
+  # A batch of 64 and a save take well under a second, the evaluation hours; between
+  # them lies a busy machine.
+  assert time.monotonic() - begun < 30
+  assert 'asked to stop: saved step 6' in out
+  again = subprocess.run(
+    [*command, '--config.every.evaluate_steps=6', '--config.evaluation.samples=16'],
+    env=environment, capture_output=True, text=True, check=True,
+  )  # fmt: skip
+  assert 'step 6 heun: evaluations=35 samples=16' in again.stdout
+  assert 'step 24 heun: ' in again.stdout
+
+
+def test_a_run_that_never_made_a_step_is_not_done(tmp_path, one_device, capsys):
+  run = runs.prepare(small(), one_device)
+
+  def lost(nets, batch, step, keys):
+    out = run.loss(nets, batch, step, keys)
+    return out._replace(loss=out.loss * jnp.nan)
+
+  with pytest.raises(FloatingPointError, match='all 24 steps had a loss'):
+    train.train(run._replace(loss=lost), tmp_path, {})
+  said = capsys.readouterr().out
+  assert 'skipped_steps=24' in said
+  assert 'done: ' not in said
+
+
+def test_a_run_that_diverges_is_not_done(tmp_path, one_device, capsys):
+  run = runs.prepare(small(), one_device)
+
+  def grows(nets, batch, step, keys):
+    out = run.loss(nets, batch, step, keys)
+    return out._replace(loss=out.loss * 10.0**step)
+
+  with pytest.raises(FloatingPointError, match='the run diverged'):
+    train.train(run._replace(loss=grows), tmp_path, {})
+  assert 'done: ' not in capsys.readouterr().out
+
+
+def test_two_runs_in_one_folder_lose_nothing(tmp_path, one_device):
+  command = [
+    sys.executable, '-m', 'cmjax.main', '--config=edm:digits', f'--workdir={tmp_path}',
+    *(f'--config.{k}={v}' for k, v in SMALL.items()),
+    f'--config.total_images={32 * 600}',
+  ]  # fmt: skip
+  environment = os.environ | {'PYTHONPATH': str(ROOT)}
+  both = [
+    subprocess.Popen(
+      [*command, f'--config.seed={seed}'], env=environment, text=True,
+      stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )
+    for seed in (0, 1)
+  ]  # fmt: skip
+  said = [process.communicate(timeout=300) for process in both]
+  codes = [process.returncode for process in both]
+  assert sorted(codes) == [0, 2], said
+  winner, (_, told) = codes.index(0), said[codes.index(2)]
+  owner = f'process {both[winner].pid} on host'
+  assert owner in told or 'holds a run with another config' in told
+  assert told.count('\n') == 1
+  assert [row['step'] for row in rows_of(tmp_path)] == list(range(6, 601, 6))
+  config = json.loads((tmp_path / 'config.json').read_text())
+  assert config['seed'] == winner
+  again = subprocess.run(
+    [*command, f'--config.seed={winner}'], env=environment, capture_output=True,
+    text=True, check=True,
+  )  # fmt: skip
+  assert 'goes on from step 600' in again.stdout
+
+
+def test_a_run_without_its_config_goes_on(tmp_path, one_device):
+  config = small(every__picture_steps=3)
+  run = runs.prepare(config, one_device)
+
+  def fall(run, params, step, log, check):
+    if step == 9:
+      raise RuntimeError
+
+  with pytest.raises(RuntimeError):
+    train.train(run, tmp_path, {'picture': fall})
+  (tmp_path / 'config.json').unlink()
+  other = runs.prepare(small(seed=1), one_device)
+  with pytest.raises(core.UserError, match=r'config\.seed: 0 -> 1'):
+    train.train(other, tmp_path, {})
+  train.train(run, tmp_path, {})
+  assert configs.differences(configs.load(tmp_path / 'config.json'), config) == {}
 
 
 def test_steps_that_are_lost_are_named_by_batch_and_seed(tmp_path, one_device):

@@ -487,7 +487,7 @@ def test_what_cannot_be_trained_is_refused(name):
     with pytest.raises(ValueError, match='precond:trigflow'):
       build(other)
   for normaliser in (0.0, -0.1):
-    with pytest.raises(ValueError, match=r'normaliser=.* > 0'):
+    with pytest.raises(ValueError, match='normaliser must'):
       build(f, normaliser=normaliser)
 
 

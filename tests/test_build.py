@@ -1,0 +1,395 @@
+"""Parts against signatures and kinds; whose mistake an error is; what may be called."""
+
+import copy
+import sys
+import traceback
+
+import optax
+import pytest
+
+from cmjax import build
+from cmjax import config as configs
+from cmjax.core import Model, Network, Schedule, UserError
+from cmjax.data import Source
+from cmjax.objectives import discrete
+from cmjax.samplers import Sampler
+
+# Functions that a config of these tests names, as a user's own would ---------------
+
+
+def leaf(*, value: float, steps: int = 3, name: str = 'plain', on: bool = False):
+  """Returns what it was called with."""
+  if value < 0:
+    raise ValueError('value must not be negative')
+  return dict(value=value, steps=steps, name=name, on=on)
+
+
+def branch(f, *, child, batch_size: int, sizes=(1, 2)):
+  """Takes another part, and two things that the run gives."""
+  return dict(f=f, child=child, batch_size=batch_size, sizes=sizes)
+
+
+def distil(f, teacher, *, weight: float = 1.0):
+  """Needs a teacher."""
+  return f, teacher, weight
+
+
+LEAF, BRANCH, DISTIL = (f'{__name__}:{fn}' for fn in ('leaf', 'branch', 'distil'))
+GIVEN = dict(f='model', batch_size=8, total_images=80)
+
+
+def made(given=GIVEN, **spec):
+  return build.build(configs.ConfigDict(spec), 'config.part', **given)
+
+
+def refusal(call, *args, **kwargs):
+  """The one line that a mistake is told by."""
+  with pytest.raises(UserError) as error:
+    call(*args, **kwargs)
+  assert '\n' not in str(error.value)
+  return str(error.value)
+
+
+# build -----------------------------------------------------------------------------
+
+
+def test_a_part_is_its_function_called_with_its_keywords():
+  assert made(fn=LEAF, value=1.5, on=True) == dict(
+    value=1.5, steps=3, name='plain', on=True
+  )
+
+
+def test_parts_inside_parts_are_built_first_and_what_the_run_gives_reaches_all():
+  child = dict(fn=BRANCH, child=dict(fn=LEAF, value=2.0), sizes=(3, (4, 5)))
+  built = made(fn=BRANCH, child=child)
+  assert (built['f'], built['batch_size'], built['sizes']) == ('model', 8, (1, 2))
+  inner = built['child']
+  assert (inner['f'], inner['batch_size'], inner['sizes']) == ('model', 8, (3, (4, 5)))
+  assert inner['child']['value'] == 2.0
+
+
+def test_an_int_will_do_for_a_float():
+  assert made(fn=LEAF, value=2)['value'] == 2
+
+
+BAD_PARTS = {
+  'misspelt': (
+    dict(fn=LEAF, valeu=1.0),
+    f'config.part.valeu: {LEAF} has no such key, did you mean value?',
+  ),
+  'unlike any': (
+    dict(fn=LEAF, zzz=1.0),
+    f'config.part.zzz: {LEAF} has no such key; known: value, steps, name, on',
+  ),
+  'misspelt below': (
+    dict(fn=BRANCH, child=dict(fn=LEAF, value=1.0, step=1)),
+    f'config.part.child.step: {LEAF} has no such key, did you mean steps?',
+  ),
+  'missing': (dict(fn=LEAF), f'config.part.value: missing; {LEAF} needs it'),
+  'missing below': (
+    dict(fn=BRANCH, child=dict(fn=LEAF)),
+    f'config.part.child.value: missing; {LEAF} needs it',
+  ),
+  'text for a number': (
+    dict(fn=LEAF, value='1'),
+    "config.part.value: must be float, got '1'",
+  ),
+  'float for an int': (
+    dict(fn=LEAF, value=1.0, steps=3.0),
+    'config.part.steps: must be int, got 3.0',
+  ),
+  'bool for an int': (
+    dict(fn=LEAF, value=1.0, steps=True),
+    'config.part.steps: must be int, got True',
+  ),
+  'number for text': (
+    dict(fn=LEAF, value=1.0, name=3),
+    'config.part.name: must be str, got 3',
+  ),
+  'number for a bool': (
+    dict(fn=LEAF, value=1.0, on=1),
+    'config.part.on: must be bool, got 1',
+  ),
+  'refused by a function of cmjax': (
+    dict(fn='cmjax.samplers:phased', edges=(3.0, 2.0)),
+    'config.part: edges must ascend from above zero, got (3.0, 2.0)',
+  ),
+  'not a number': (
+    dict(fn=LEAF, value=float('nan')),
+    'config.part.value: must be finite, got nan',
+  ),
+  'beyond every integer': (
+    dict(fn=LEAF, value=1.0, steps=10**100),
+    'config.part.steps: must not exceed 2**53',
+  ),
+  'text in a tuple of numbers': (
+    dict(fn='cmjax.samplers:multistep', times=(80.0, 'x')),
+    "config.part.times: must be float, got 'x'",
+  ),
+  'a number for a tuple': (
+    dict(fn='cmjax.samplers:multistep', times=80.0),
+    'config.part.times: must be a tuple of float, got 80.0',
+  ),
+  'a share of Adam beyond one': (
+    dict(fn='optax:adam', learning_rate=1e-3, b1=1.0),
+    'config.part.b1: must be in [0, 1), got 1.0',
+  ),
+  'a rate below zero': (
+    dict(fn='optax:adam', learning_rate=-1.0),
+    'config.part.learning_rate: must not be negative, got -1.0',
+  ),
+  'set by the run': (
+    dict(fn=BRANCH, child=0, batch_size=4),
+    'config.part.batch_size: is set by the run, leave it out',
+  ),
+  'without its teacher': (
+    dict(fn=DISTIL),
+    f'config.part: {DISTIL} needs a teacher; give --config.teacher=PATH',
+  ),
+}
+
+
+@pytest.mark.parametrize('mistake', BAD_PARTS)
+def test_a_mistake_in_a_part_names_the_key_and_the_function(mistake):
+  spec, told = BAD_PARTS[mistake]
+  assert refusal(made, **spec) == told
+
+
+def test_a_hint_does_not_offer_what_only_the_run_may_set():
+  assert refusal(made, fn=BRANCH, child=0, zzz=0).endswith('known: child, sizes')
+
+
+def test_a_teacher_that_is_given_reaches_the_function():
+  assert made(GIVEN | dict(teacher='D'), fn=DISTIL, weight=0.5) == ('model', 'D', 0.5)
+
+
+@pytest.mark.parametrize(
+  'path', ['no_such_module:f', 'cmjax.times:no_such_function', 'cmjax.times', ':f', '']
+)
+def test_an_import_path_that_leads_nowhere_is_named(path):
+  assert refusal(made, fn=path).startswith(f'config.part.fn: cannot import {path!r} (')
+
+
+def test_build_each_builds_by_name_and_names_the_part_at_fault():
+  parts = configs.ConfigDict(dict(a=dict(fn=LEAF, value=1.0), b=dict(fn=LEAF, value=2)))
+  built = build.build_each(parts, 'config.parts')
+  assert {name: each['value'] for name, each in built.items()} == dict(a=1.0, b=2)
+  parts.b = dict(fn=LEAF, value='x')
+  told = refusal(build.build_each, parts, 'config.parts')
+  assert told == "config.parts.b.value: must be float, got 'x'"
+
+
+# Kinds -----------------------------------------------------------------------------
+
+
+def silent(network):
+  """Says nothing of what it returns, which is no model."""
+  return 'a string'
+
+
+@pytest.mark.parametrize(
+  ('fn', 'kind', 'told'),
+  [
+    ('cmjax.samplers:ode', Network, 'returns Sampler, and this needs Network'),
+    ('cmjax.schedules:constant', Model, 'returns a function, and this needs Model'),
+    ('optax:adam', Schedule, 'and this needs a function'),
+    (f'{__name__}:silent', Model, 'returned a value of type str, and this needs Model'),
+    (f'{__name__}:silent', Network, 'of type str, and this needs Network'),
+  ],
+)
+def test_a_function_of_another_kind_is_refused(fn, kind, told):
+  spec = configs.ConfigDict(dict(fn=fn))
+  given = dict(network=None, learning_rate=1.0, value=1.0)
+  assert told in refusal(build.build, spec, 'config.x', kind, **given)
+
+
+def test_a_part_inside_a_part_is_of_the_kind_of_its_parameter():
+  spec = dict(fn='cmjax.objectives.discrete:ct', pairs=dict(fn='cmjax.samplers:ode'))
+  told = refusal(made, **spec)
+  assert told.startswith('config.part.pairs.fn: cmjax.samplers:ode returns Sampler')
+  rate = dict(fn='cmjax.samplers:ode')
+  told = refusal(made, fn='optax:adam', learning_rate=rate)
+  assert told.startswith('config.part.learning_rate.fn: cmjax.samplers:ode returns')
+
+
+# Whose mistake it is ---------------------------------------------------------------
+
+
+def test_a_mistake_in_a_function_of_the_users_keeps_its_traceback():
+  with pytest.raises(ValueError, match='must not be negative') as error:
+    made(fn=LEAF, value=-1.0)
+  assert not isinstance(error.value, UserError)
+  assert error.value.__notes__ == ['raised in config.part']
+  shown = ''.join(traceback.format_exception(error.value))
+  assert "raise ValueError('value must not be negative')" in shown
+
+
+def test_so_does_one_that_is_called_by_a_function_of_cmjax():
+  with pytest.raises(ValueError, match='must not be negative'), build.user_errors('x'):
+    discrete.ect(None, times=lambda *_: leaf(value=-1.0), gap=None, distance=None,
+                 weighting=None)  # fmt: skip
+
+
+def test_a_module_of_the_users_that_cannot_be_imported_keeps_its_traceback(
+  tmp_path, monkeypatch
+):
+  monkeypatch.syspath_prepend(tmp_path)
+  (tmp_path / 'broken_losses.py').write_text('import no_such_module_at_all\n')
+  with pytest.raises(ModuleNotFoundError, match='no_such_module_at_all'):
+    made(fn='broken_losses:plain')
+
+
+# What came with weights ------------------------------------------------------------
+
+# The kind each place needs, and a function of cmjax that stands there.
+PLACES = {
+  'network': (Network, 'cmjax.networks.mlp:mlp'),
+  'precond': (Model, 'cmjax.precond:edm'),
+  'data': (Source, 'cmjax.data:digits'),
+  'samplers.x': (Sampler, 'cmjax.samplers:one_step'),
+  'ema.x': (Schedule, 'cmjax.schedules:constant'),
+  'optimizer': (optax.GradientTransformation, 'optax:adam'),
+}
+# None of these may be called, or its module be imported: what they would do is harmless
+# or to make the marker.
+HOSTILE = [
+  ('os:system', dict(command='touch {marker}')),
+  ('posix:system', dict(command='touch {marker}')),
+  ('os:mkdir', dict(path='{marker}')),
+  ('os:makedirs', dict(name='{marker}')),
+  ('os.path:exists', dict(path='{marker}')),
+  ('os:popen', dict(cmd='touch {marker}')),
+  ('os:execv', dict(path='/bin/touch', argv=('touch', '{marker}'))),
+  ('subprocess:Popen', dict(args=('touch', '{marker}'))),
+  ('subprocess:run', dict(args=('touch', '{marker}'))),
+  ('subprocess:check_output', dict(args=('touch', '{marker}'))),
+  ('builtins:open', dict(file='{marker}', mode='w')),
+  ('builtins:eval', dict(source='open("{marker}", "w")')),
+  ('builtins:exec', dict(source='open("{marker}", "w")')),
+  ('builtins:__import__', dict(name='payload_module')),
+  ('builtins:print', dict(file='{marker}')),
+  ('io:open', dict(file='{marker}', mode='w')),
+  ('codecs:open', dict(filename='{marker}', mode='w')),
+  ('shutil:rmtree', dict(path='{marker}')),
+  ('shutil:copyfile', dict(src='/etc/hostname', dst='{marker}')),
+  ('pathlib:Path', dict(path='{marker}')),
+  ('runpy:run_module', dict(mod_name='payload_module')),
+  ('importlib:import_module', dict(name='payload_module')),
+  ('payload_module:anything', {}),
+  ('payload_module.inner:anything', {}),
+  ('numpy:save', dict(file='{marker}', arr=(1,))),
+  ('numpy:fromfile', dict(file='{marker}')),
+  ('pickle:loads', dict(data='cos\nsystem\n(S"touch {marker}"\ntR.')),
+  ('ctypes:CDLL', dict(name='{marker}')),
+  ('webbrowser:open', dict(url='file://{marker}')),
+  ('jax.numpy:save', dict(file='{marker}', arr=(1,))),
+  ('flax.serialization:to_bytes', dict(target=(1,))),
+  ('optax.payload:anything', {}),
+  ('cmjax.config:load', dict(name='{marker}')),
+  ('cmjax.config:allow_imports_from', dict(folder='{marker}')),
+  ('cmjax.build:build', dict(where='x')),
+  ('cmjax.main:main', dict(argv=('--help',))),
+  ('cmjax.checkpoint:save_weights', dict(workdir='{marker}', step=1)),
+  ('cmjax.logs:write_png', dict(path='{marker}')),
+  ('cmjax.data:np.save', dict(file='{marker}')),
+  ('cmjax.data:os', {}),
+  ('cmjax.data:_images', {}),
+  ('cmjax:__getattr__', {}),
+  ('', {}),
+  (':', {}),
+  ('cmjax..data:digits', {}),
+  ('cmjax.no_such_module:f', {}),
+]
+
+
+def foreign(part, marker, trust=()):
+  """A part as it comes out of a file."""
+  text = configs.to_json(configs.ConfigDict(dict(x=part)))
+  return configs.from_json(text.replace('{marker}', str(marker)), 'file', trust).x
+
+
+@pytest.fixture
+def payload(tmp_path, monkeypatch):
+  """A module that leaves a marker when it is imported."""
+  folder, marker = tmp_path / 'modules', tmp_path / 'marker'
+  folder.mkdir()
+  (folder / 'payload_module.py').write_text(f'open({str(marker)!r}, "w")\n')
+  monkeypatch.syspath_prepend(folder)
+  yield marker
+  sys.modules.pop('payload_module', None)
+
+
+@pytest.mark.parametrize('place', PLACES)
+def test_of_a_strangers_config_nothing_but_its_kind_of_cmjax_is_called(place, payload):
+  kind, _ = PLACES[place]
+  before = set(sys.modules)
+  for fn, keywords in HOSTILE:
+    part = foreign(dict(fn=fn, **keywords), payload)
+    told = refusal(build.build, part, f'config.{place}', kind)
+    assert told.startswith(f'config.{place}.fn: '), told
+    assert not payload.exists(), fn
+  new = set(sys.modules) - before
+  assert not new & {'payload_module', 'runpy', 'webbrowser', 'optax.payload'}
+
+
+def test_nor_what_stands_inside_a_part(payload):
+  for fn, keywords in HOSTILE:
+    inner = dict(fn=fn, **keywords)
+    for outer, key, kind in (
+      ('cmjax.objectives.discrete:ct', 'pairs', None),
+      ('optax:adam', 'learning_rate', optax.GradientTransformation),
+      ('cmjax.precond:edm', 'sigma_data', Model),
+      ('cmjax.networks.mlp:mlp', 'width', Network),
+      ('cmjax.data:points', 'oracle', Source),
+    ):
+      part = foreign({'fn': outer, key: inner}, payload)
+      told = refusal(build.build, part, 'config.x', kind, network=None)
+      starts = ('config.x.fn: ', f'config.x.{key}.fn: ', f'config.x.{key}: must be a')
+      assert told.startswith(starts), told
+      assert not payload.exists(), fn
+
+
+@pytest.mark.parametrize('place', PLACES)
+def test_what_cmjax_wrote_itself_opens(place, tmp_path):
+  kind, fn = PLACES[place]
+  needs = {'value': 0.9} if 'schedules' in fn else {}
+  needs = {'learning_rate': 1e-3} if 'optax' in fn else needs
+  given = {'network': Network(None, None)} if place == 'precond' else {}
+  build.build(foreign(dict(fn=fn, **needs), tmp_path), 'config.x', kind, **given)
+
+
+def test_a_package_that_is_trusted_may_be_named(tmp_path):
+  part = dict(fn=LEAF, value=1.0)
+  told = refusal(build.build, foreign(part, tmp_path), 'config.x', None)
+  assert f'names {LEAF!r}' in told
+  assert '--trust=tests' in told
+  built = build.build(foreign(part, tmp_path, ('tests',)), 'config.x', None)
+  assert built['value'] == 1.0
+  built = build.build(foreign(part, tmp_path, 'tests'), 'config.x', None)
+  assert built['value'] == 1.0
+
+
+def test_copies_of_a_config_stay_foreign(tmp_path):
+  part = foreign(dict(fn='os:system', command='x'), tmp_path)
+  config = configs.ConfigDict(dict(network=part))
+  for each in (
+    copy.deepcopy(config),
+    config.copy_and_resolve_references(),
+    configs.ConfigDict(config.to_dict()),
+  ):
+    assert 'it was not called' in refusal(build.build, each.network, 'c', Network)
+
+
+def test_schedules_are_found_wherever_they_are():
+  config = configs.load('ct:toy2d')
+  found = build.schedules(config, batch_size=512, total_images=512 * 100)
+  assert set(found) == {
+    'config.ema.slow',
+    'config.objective.pairs.bins',
+    'config.optimizer.learning_rate',
+    'config.target_rate',
+  }
+  rate, spec = found['config.optimizer.learning_rate'], config.optimizer.learning_rate
+  assert spec.fn == 'cmjax.schedules:cosine'
+  # Half a cosine stands at half its height half-way, to the rounding of float32.
+  assert float(rate(50)) == pytest.approx(spec.peak / 2, rel=1e-6)
