@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains an EDM teacher and an ECT student on real digits, samples, evaluates, and prints
-# the table and the pictures. Needs Python >= 3.11; about four minutes on two cores.
+# the table and the pictures. Needs Python >= 3.11; about three minutes on two cores.
 # Usage: launch/quickstart.sh [FOLDER]   (default: runs/quickstart in the checkout)
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
