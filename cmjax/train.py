@@ -189,6 +189,8 @@ def train(run: Run, workdir: str | Path, hooks: Mapping[str, Hook]) -> TrainStat
     checkpoints = checkpoint.Checkpoints(folder, run.config.keep_checkpoints)
     state, meta = checkpoints.restore(abstract_state(run), logs.say) or (first, {})
     start = int(state.step)
+    if workdirs.caught_up(folder) == start:  # the hooks that its checkpoint lacks
+      meta = meta | {'due': []}
     logs.say(_opening(run, start))
     with (
       contextlib.closing(checkpoints),
@@ -200,6 +202,8 @@ def train(run: Run, workdir: str | Path, hooks: Mapping[str, Hook]) -> TrainStat
       state, ended = _loop(
         run, state, meta, checkpoints, log, progress, hooks, notice, watch
       )
+    if ended and jax.process_index() == 0:
+      workdirs.mark_caught_up(folder, int(state.step))
     if ended:
       logs.say(f'done: {workdir}')
   return state

@@ -126,6 +126,19 @@ def write_config(workdir: Path, config: configs.ConfigDict) -> None:
     raise UserError(f'--workdir: cannot write {workdir} ({error.strerror})') from error
 
 
+def caught_up(workdir: Path) -> int | None:
+  """The step whose pictures and evaluations are all made, if a run has ended."""
+  try:
+    return int((workdir / '.ended').read_text(encoding='ascii'))
+  except (OSError, ValueError):
+    return None
+
+
+def mark_caught_up(workdir: Path, step: int) -> None:
+  """Notes what `caught_up` reads: a checkpoint cannot be changed once it is saved."""
+  (workdir / '.ended').write_text(str(step), encoding='ascii')
+
+
 # Who writes to it --------------------------------------------------------------------
 
 BEAT_S = 5.0  # how often the owner of a lock touches it

@@ -402,6 +402,8 @@ def test_what_a_notice_interrupts_is_saved_first_and_done_when_the_run_goes_on(
   ]
   assert ended[-1][2] == float(state.ema['slow']['output']['bias'][0])
   assert len(begun) == len(ended) + 1
+  train.train(run, tmp_path, hooks)  # and not once more where the run is at its end
+  assert len(begun) == len(ended) + 1
 
 
 def test_sigterm_during_an_evaluation_ends_it_within_seconds(tmp_path):
