@@ -5,9 +5,9 @@ function's signature is the part's schema. What a part must be follows from wher
 stands: a top-level key, or the annotation of the parameter it is for. A function that
 returns another kind of thing is refused.
 
-A part of a config that came with weights names its function by a `Foreign` string: such
-a function is imported and called only if it is one of `cmjax` (or of optax, inside an
-optimiser) that returns the kind wanted, or of a package that the user trusts.
+A part of a config that came with weights names its function by a `Foreign` string:
+such a function is called only if it is one of `cmjax` (or of optax, inside an optimiser)
+that returns the kind wanted, or of a package that the user trusts; no other is imported.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -41,7 +41,7 @@ class Foreign(str):
   def __new__(cls, path: str, trusted: Iterable[str] = ()):
     """`trusted`: packages whose functions may be imported and called."""
     self = super().__new__(cls, path)
-    self.trusted = tuple(trusted)
+    self.trusted = tuple(name for name in trusted if name not in ('cmjax', 'optax'))
     return self
 
   def __reduce__(self):
@@ -125,7 +125,7 @@ def schedules(config: ConfigDict, **given: Any) -> dict[str, Schedule]:
   def walk(part, where):
     for key in part:
       value = part[key]
-      if is_part(value) and value.fn.startswith('cmjax.schedules:'):
+      if is_part(value) and str(value.fn).startswith('cmjax.schedules:'):
         found[f'{where}.{key}'] = build(value, f'{where}.{key}', Schedule, **given)
       elif isinstance(value, ConfigDict):
         walk(value, f'{where}.{key}')
@@ -350,6 +350,8 @@ def user_errors(where: str) -> Iterator[None]:
 # Packages that raise on behalf of whoever called them.
 _LIBRARIES = {
   *('cmjax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax', 'numpy', 'ml_collections'),
+  *('tqdm', 'tensorboardX', 'tensorboard', 'clu', 'absl', 'safetensors', 'msgpack'),
+  *('tensorstore', 'array_record', 'google', 'xxhash'),
   *('tensorflow_datasets', 'etils', 'sklearn', 'scipy', 'joblib', 'PIL', 'matplotlib'),
   *sys.stdlib_module_names,
 }

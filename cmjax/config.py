@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import importlib.util
 import json
 from pathlib import Path
+import re
 import sys
 from typing import Any, NamedTuple
 
@@ -185,13 +186,23 @@ def from_json(
 
 def _from_data(value: Any, trust: tuple[str, ...]) -> Any:
   if isinstance(value, dict):
+    for key in value:
+      _check_name(key)
     found = {key: _from_data(item, trust) for key, item in value.items()}
-    if isinstance(found.get('fn'), str):
+    if 'fn' in found:
+      if not isinstance(found['fn'], str):
+        raise ValueError('a function that is no text')
       found['fn'] = build.Foreign(found['fn'], trust)
     return found
   if isinstance(value, list):
     return tuple(_from_data(item, trust) for item in value)
   return value
+
+
+def _check_name(key: str) -> None:
+  """Raises ValueError for a key that is no name: names of parts become file names."""
+  if not re.fullmatch(r'[A-Za-z0-9_][A-Za-z0-9_=.-]{0,63}', key):
+    raise ValueError(f'the key {key[:40]!r} is no name of letters, digits and _')
 
 
 def to_json(config: ConfigDict) -> str:
@@ -205,8 +216,9 @@ def completed(config: ConfigDict) -> ConfigDict:
 
   whole = parts.base()
   for key in config:
-    if isinstance(whole.get(key), ConfigDict) and key in ('evaluation', 'every'):
-      whole[key].update(config[key])
+    if key in ('evaluation', 'every') and isinstance(config[key], ConfigDict):
+      with whole.ignore_type():
+        whole[key].update(config[key])
     else:
       with whole.ignore_type():
         whole[key] = config[key]
@@ -332,6 +344,8 @@ def _check(config: Any, schema: Mapping[str, Any], where: str) -> None:
       _check(value, kind, path)
     elif kind == 'parts':
       for name in value:
+        with build.user_errors(path):
+          _check_name(name)
         build.check_part(value[name], f'{path}.{name}')
     elif kind == 'part' or value:
       build.check_part(value, path)

@@ -202,7 +202,9 @@ def tfds(
   Raises: UserError if the data set is missing or damaged, needs code that is not part
     of TFDS, or has no image, or no label where the model is conditional.
   """
-  if not re.fullmatch(r'[a-z]\w*(/\w[\w.-]*)?(:[\d*]+(\.[\d*]+)*)?', name, re.ASCII):
+  if not re.fullmatch(
+    r'[a-z][a-z0-9_]*(/\w[\w.-]*)?(:[\d*]+(\.[\d*]+)*)?', name, re.ASCII
+  ):
     raise UserError(
       f'config.data.name: {name!r} is no TFDS name; give DATA_SET, DATA_SET/CONFIG or '
       'either with :VERSION'

@@ -57,14 +57,21 @@ def main(argv: Sequence[str] | None = None) -> int:
   flags = None
   try:
     flags = _parsed(sys.argv[1:] if argv is None else list(argv))
-    if os.getcwd() not in sys.path:  # a config may name functions of the user's own
-      sys.path.append(os.getcwd())
     mode = importlib.import_module(f'cmjax.modes.{flags.mode}')
     if flags.mode != 'configs':
       _start(flags)
+    named = any(key.endswith('fn') for key, _ in flags.overrides)
+    if flags.trust or named or '.py' in flags.config:
+      sys.path.append(os.getcwd())  # they may name functions of the user's own
     return mode.run(flags) or 0
   except SystemExit as stop:  # of --help and --version
-    return int(stop.code or 0)
+    if isinstance(stop.code, str):
+      _say(stop.code)
+      return 1
+    return stop.code or 0
+  except BrokenPipeError:  # whoever read the output has ended
+    sys.stdout = open(os.devnull, 'w')  # noqa: SIM115, for what is flushed at the end
+    return 1
   except KeyboardInterrupt:
     _say('stopped; a training goes on from its last checkpoint by the same command')
     return 130
@@ -169,7 +176,7 @@ def _reported(error: Exception) -> int:
   if isinstance(error, UserError | FloatingPointError):
     _say(str(error))
     return 2
-  if theirs is not None:
+  if theirs is not None or isinstance(error, SyntaxError):
     traceback.print_exception(error.with_traceback(theirs))
     _say('the error above was raised in code that is not of cmjax')
     return 1

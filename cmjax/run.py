@@ -112,6 +112,8 @@ def reopen(
     path, config=config, overrides=overrides, trust=trust, mesh=mesh, say=logs.say
   )
   own = known.config
+  if 'data' in own:
+    own = configs.checked(configs.completed(own))
   source = None
   if needs_data and 'data' not in own:
     raise UserError(
@@ -152,6 +154,8 @@ def reopen_for(
 def beside(opened: Opened) -> Path:
   """The folder for what is made of a run, or of a file of weights."""
   path = Path(opened.path)
+  if path.parent.name == 'checkpoints':  # whose steps are deleted in time
+    return path.parent.parent
   return path if path.is_dir() else path.with_name(f'{path.name}.results')
 
 

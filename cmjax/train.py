@@ -217,7 +217,7 @@ def _locked(folder: Path) -> Iterator[None]:
     if jax.process_index() == 0:
       try:
         stack.enter_context(workdirs.lock(folder))
-      except UserError as error:
+      except (UserError, OSError) as error:  # the others are to know before it ends
         refusal = str(error)
     if not sharding.all_true(not refusal):
       raise UserError(refusal or f'{folder}: process 0 could not lock it')
@@ -283,7 +283,8 @@ def _loop(
 
   def look(step: int, names: list[str]) -> list[str]:
     """Runs hooks, and returns the names of those that a notice kept from their end."""
-    watch.rest()
+    if names:
+      watch.rest()
     for i, name in enumerate(names):
       params = weights(state, run.config.sample_weights)
       try:
@@ -329,7 +330,7 @@ def _loop(
     # After the hooks: a run that is killed in its last one has a step left to do.
     if last or step % every.checkpoint_steps == 0:
       save([])
-  _check_learned(losses, lost, total - start)
+  _check_learned(losses, [s for s in lost if s > start], total - start)
   return state, True
 
 

@@ -60,9 +60,10 @@ class Watchdog:
 
   def _watch(self) -> None:
     while not self._closed.wait(self._least_s / 20):
-      if self._begun is None or self._seen < SEEN:
+      begun = self._begun  # read once: the training thread sets it
+      if begun is None or self._seen < SEEN:
         continue
-      step, since = self._begun
+      step, since = begun
       took = time.monotonic() - since
       if took > max(self._least_s, TIMES * self._longest) and since != self._late:
         self._late = since

@@ -120,6 +120,7 @@ def write_config(workdir: Path, config: configs.ConfigDict) -> None:
   """Writes `config.json`. Raises: UserError if it cannot be written."""
   try:
     new = workdir / 'config.json.new'
+    new.unlink(missing_ok=True)  # it may be a link
     new.write_text(configs.to_json(config), encoding='utf-8')
     new.replace(workdir / 'config.json')  # at once: a kill leaves the one or the other
   except OSError as error:
@@ -136,7 +137,10 @@ def caught_up(workdir: Path) -> int | None:
 
 def mark_caught_up(workdir: Path, step: int) -> None:
   """Notes what `caught_up` reads: a checkpoint cannot be changed once it is saved."""
-  (workdir / '.ended').write_text(str(step), encoding='ascii')
+  new = workdir / '.ended.new'
+  new.unlink(missing_ok=True)
+  new.write_text(str(step), encoding='ascii')
+  new.replace(workdir / '.ended')
 
 
 # Who writes to it --------------------------------------------------------------------
@@ -157,7 +161,9 @@ def lock(workdir: Path) -> Iterator[None]:
   """
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    file = open(workdir / '.lock', 'a+b')  # noqa: SIM115, closed below
+    # A link may lead to a file of the user's, which is not to be touched.
+    how = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+    file = os.fdopen(os.open(workdir / '.lock', how, 0o666), 'a+b')
   except OSError as error:
     raise UserError(f'--workdir: cannot write {workdir} ({error.strerror})') from error
   with file:
@@ -224,7 +230,7 @@ def _beats(file) -> bool:
   before, until = os.fstat(file.fileno()).st_mtime_ns, time.monotonic() + PATIENCE_S
   while time.monotonic() < until:
     time.sleep(BEAT_S / 10)
-    if os.stat(file.name).st_mtime_ns != before:
+    if os.fstat(file.fileno()).st_mtime_ns != before:
       return True
   return False
 

@@ -111,6 +111,14 @@ def test_a_lock_file_that_nobody_can_read_is_not_in_the_way(text, tmp_path):
   assert locked(tmp_path)['process'] == os.getpid()
 
 
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
+  (tmp_path / 'precious').write_text('kept')
+  (tmp_path / 'run').mkdir()
+  (tmp_path / 'run' / '.lock').symlink_to(tmp_path / 'precious')
+  assert '--workdir: cannot write' in refusal(locked, tmp_path / 'run')
+  assert (tmp_path / 'precious').read_text() == 'kept'
+
+
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
   (tmp_path / 'file').write_text('')
   assert '--workdir: cannot write' in refusal(locked, tmp_path / 'file' / 'run')

@@ -3,6 +3,8 @@
 import argparse
 import re
 
+import jax
+
 from cmjax import aot, build, logs, workdir
 from cmjax import run as runs
 from cmjax.core import UserError, unused
@@ -21,7 +23,7 @@ def run(flags: argparse.Namespace) -> int:
   if flags.blank:
     config.data = _blank(flags.blank)
   devices = aot.devices(topology)
-  mesh = build.build(config.mesh, 'config.mesh', devices=devices)
+  mesh = build.build(config.mesh, 'config.mesh', jax.sharding.Mesh, devices=devices)
   prepared = runs.prepare(config, mesh, trust=flags.trust)
   known = aot.facts(prepared, topology, effort, aot.compile_step(prepared, effort))
   text = aot.page(known)
