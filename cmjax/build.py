@@ -5,9 +5,9 @@ function's signature is the part's schema. What a part must be follows from wher
 stands: a top-level key, or the annotation of the parameter it is for. A function that
 returns another kind of thing is refused.
 
-A part of a config that came with weights names its function by a `Foreign` string:
-such a function is called only if it is one of `cmjax` (or of optax, inside an optimiser)
-that returns the kind wanted, or of a package that the user trusts; no other is imported.
+A part of a config that came with weights names its function by a `Foreign` string. Such
+a function is called only if it is one of `cmjax` (or, in an optimiser, of optax) that
+returns the kind wanted, or of a package that the user trusts; no other is imported.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
