@@ -18,8 +18,8 @@ def run(flags: argparse.Namespace) -> int:
   config = workdir.config_for(flags.config, folder, flags.overrides, flags.trust)
   if not topology:
     raise UserError('--mode=compile needs --topology=CHIPS, such as v5e:16x16')
-  if not -1 <= effort <= 1:
-    raise UserError(f'--effort={effort:g}: must be from -1 to 1')
+  if effort not in (-1, 0, 1):
+    raise UserError(f'--effort={effort}: must be -1, 0 or 1')
   if flags.blank:
     config.data = _blank(flags.blank)
   devices = aot.devices(topology)
