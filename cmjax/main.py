@@ -145,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
   add('--compilation_cache', metavar='DIR', help=cache)
   text('topology', 'CHIPS', 'with --mode=compile: the TPUs, as v5e:16x16')
   text('blank', 'SIZE,CHANNELS,CLASSES', 'with --mode=compile: instead of config.data')
-  number('effort', int, -1, "with --mode=compile: -1 least, 0 as a run, 1 most")
+  number('effort', int, -1, 'with --mode=compile: -1 least, 0 as a run, 1 most')
   return parser
 
 
