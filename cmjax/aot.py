@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation: the training step of a run for TPUs that are not here.
+"""Ahead-of-time compilation: the training step of a run for TPUs without one.
 
 libtpu holds the compiler and a description of every topology, and needs no TPU. What it
 compiles here is the program a pod would run, with its memory and its collectives.
@@ -6,7 +6,6 @@ compiles here is the program a pod would run, with its memory and its collective
 
 import importlib.metadata
 import importlib.util
-import math
 import os
 import re
 import time
@@ -135,15 +134,6 @@ class Memory(NamedTuple):
     return self.arguments + new + self.temporaries + self.program
 
 
-def bytes_held(tree: Any) -> int:
-  """What one chip holds of arrays, by their places and without padding."""
-
-  def held(a):
-    return math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
-
-  return sum(map(held, jax.tree.leaves(tree)))
-
-
 class Report(NamedTuple):
   """What a compiled step takes, on each chip."""
 
@@ -171,11 +161,11 @@ def compile_step(run: Run, effort: int = -1) -> Report:
   begun = time.monotonic()
   state, batch = train.abstract_state(run), abstract_batch(run)
   held = {
-    'parameters': bytes_held(state.params),
-    'averages and target': bytes_held((state.ema, state.target)),
-    'optimiser': bytes_held(state.opt_state),
-    'frozen networks and data': bytes_held(run.frozen),
-    'batch': bytes_held(batch),
+    'parameters': sharding.bytes_held(state.params),
+    'averages and target': sharding.bytes_held((state.ema, state.target)),
+    'optimiser': sharding.bytes_held(state.opt_state),
+    'frozen networks and data': sharding.bytes_held(run.frozen),
+    'batch': sharding.bytes_held(batch),
   }
   traced = train.compiled_step(run).trace(state, run.frozen, batch)
   options = {'optimization_level': _LEVELS[effort]}

@@ -160,8 +160,8 @@ def hint(key: str, known: Iterable[str]) -> str:
   """What a mistyped key may have meant, as the end of an error."""
   known = list(known)
   initials = {''.join(word[:1] for word in name.split('_')): name for name in known}
-  close = difflib.get_close_matches(key, known, n=1) or [initials.get(key)]
-  return f', did you mean {close[0]}?' if close[0] else f'; known: {", ".join(known)}'
+  close = next(iter(difflib.get_close_matches(key, known, n=1)), initials.get(key))
+  return f', did you mean {close}?' if close else f'; known: {", ".join(known)}'
 
 
 def check_value(value: Any, annotation: Any, where: str) -> None:
@@ -224,7 +224,7 @@ def _imported(path: str, where: str) -> Callable[..., Any]:
       found = getattr(importlib.import_module(module), name)
       inspect.signature(found)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
-      if any(True for _ in frames_of_user(error.__traceback__)):
+      if frame_of_user(error):
         raise
       told = f'cannot import {str(path)!r} ({first_line(error)})'
       raise UserError(f'{where}: {told}') from error
@@ -339,7 +339,7 @@ def user_errors(where: str) -> Iterator[None]:
   except UserError:
     raise
   except Exception as error:
-    if any(True for _ in frames_of_user(error.__traceback__)):
+    if frame_of_user(error):
       error.add_note(f'raised in {where}')
       raise
     if isinstance(error, ValueError | TypeError | ArithmeticError | MemoryError):
@@ -357,12 +357,14 @@ _LIBRARIES = {
 }
 
 
-def frames_of_user(trace: TracebackType | None) -> Iterator[TracebackType]:
-  """The parts of a traceback that lie in code of neither cmjax nor a library."""
+def frame_of_user(error: BaseException) -> TracebackType | None:
+  """The traceback from its first line that is of neither cmjax nor a library."""
+  trace = error.__traceback__
   while trace is not None:
     module = trace.tb_frame.f_globals
     spec = module.get('__spec__')  # says what `python -m` calls __main__
     name = spec.name if spec else module.get('__name__', '')
     if name.partition('.')[0] not in _LIBRARIES:
-      yield trace
+      return trace
     trace = trace.tb_next
+  return None

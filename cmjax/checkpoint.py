@@ -26,6 +26,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import xxhash
 
+from cmjax import sharding
 from cmjax.core import Params, TrainState, UserError, first_line, unused
 
 T = TypeVar('T')
@@ -39,9 +40,8 @@ class Checkpoints:
 
   def __init__(self, workdir: str | Path, keep: int):
     self._silence = contextlib.ExitStack()
-    self._silence.enter_context(
-      _quiet()
-    )  # failures in the background are reported below
+    # Failures in the background are reported below.
+    self._silence.enter_context(_quiet())
     self._folder = local(workdir).resolve() / 'checkpoints'
     self._manager = ocp.CheckpointManager(
       self._folder,
@@ -436,7 +436,7 @@ def _agreed(read: Callable[[], T]) -> T:
     found, well = read(), True
   except Exception as error:  # a cut file surfaces as many kinds of error
     failure, well = error, False
-  if not np.all(multihost_utils.process_allgather(np.array(well))):
+  if not sharding.all_true(well):
     raise failure
   return found
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import ml_collections
 
 from cmjax import build
+from cmjax.configs import parts
 from cmjax.core import UserError, first_line
 
 ConfigDict = ml_collections.ConfigDict
@@ -94,7 +95,7 @@ def shipped() -> dict[str, str]:
 
 
 def _shipped_folder() -> Path:
-  return Path(importlib.util.find_spec('cmjax.configs').origin).parent
+  return Path(parts.__file__).resolve().parent
 
 
 def load(name: str | Path, trust: Iterable[str] = ()) -> ConfigDict:
@@ -131,10 +132,11 @@ def load(name: str | Path, trust: Iterable[str] = ()) -> ConfigDict:
 
 def _called(path: Path, argument: str, name: str) -> Any:
   """What `get_config` of a file returns."""
-  folder = path.resolve().parent
-  package = 'cmjax.configs.' if folder == _shipped_folder().resolve() else 'config_'
-  allow_imports_from(folder)
-  spec = importlib.util.spec_from_file_location(package + path.stem, path)
+  folder, name_of_module = path.resolve().parent, f'cmjax.configs.{path.stem}'
+  if folder != _shipped_folder():
+    name_of_module = f'config_{path.stem}'
+    allow_imports_from(folder)
+  spec = importlib.util.spec_from_file_location(name_of_module, path)
   module = importlib.util.module_from_spec(spec)
   with build.user_errors(f'--config={name}'):
     spec.loader.exec_module(module)
@@ -212,15 +214,12 @@ def to_json(config: ConfigDict) -> str:
 
 def completed(config: ConfigDict) -> ConfigDict:
   """A run's config with the keys that did not exist when it was written."""
-  from cmjax.configs import parts  # imports jax for nothing else
-
   whole = parts.base()
-  for key in config:
-    if key in ('evaluation', 'every') and isinstance(config[key], ConfigDict):
-      with whole.ignore_type():
+  with whole.ignore_type():
+    for key in config:
+      if isinstance(SCHEMA.get(key), dict) and isinstance(config[key], ConfigDict):
         whole[key].update(config[key])
-    else:
-      with whole.ignore_type():
+      else:
         whole[key] = config[key]
   return whole
 

@@ -85,7 +85,7 @@ class TrainState(NamedTuple):
 class Network(NamedTuple):
   """A raw network F as pure functions.
 
-  c_noise is f32[B], or f32[B, clocks] for a network that is told several times.
+  c_noise is f32[B], or f32[B, clocks] for a network of several times.
   """
 
   init: Callable[..., Params]  # (key, x, c_noise, cond) -> params

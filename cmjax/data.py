@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import functools
 import json
-import math
 import os
 from pathlib import Path
 import re
@@ -21,7 +20,7 @@ from PIL import Image
 from sklearn import datasets
 import tensorflow_datasets
 
-from cmjax import oracles
+from cmjax import oracles, sharding
 from cmjax.core import Batch, UserError, first_line
 from cmjax.fields import Reference
 
@@ -342,7 +341,8 @@ def points(*, oracle: oracles.Mixture, samples: int = 50_000, seed: int = 0) -> 
   if not 1 <= samples <= MOST_EXAMPLES:
     raise ValueError(f'needs 1 <= {samples=} <= {MOST_EXAMPLES}')
   # A number a mode to draw the mode by, then the point and its noise.
-  if 4 * samples * (oracle.weights.size + 2 * oracle.means.shape[1]) > _memory():
+  size = 4 * samples * (oracle.weights.size + 2 * oracle.means.shape[1])
+  if size > sharding.host_memory():
     raise ValueError(f'{samples=} do not fit into memory')
   drawn = oracles.sample(oracle, jax.random.key(seed), samples)
   examples = np.asarray(drawn, np.float32)
@@ -377,7 +377,7 @@ def blank(
     raise ValueError(
       f'needs {examples=} <= {MOST_EXAMPLES} and {classes=} <= {MOST_CLASSES}'
     )
-  if 4 * size**2 * channels > _memory():
+  if 4 * size**2 * channels > sharding.host_memory():
     raise ValueError(f'an image of {size=}, {channels=} does not fit into memory')
   black = np.broadcast_to(np.uint8(0), (examples, size, size, channels))
   labels = np.broadcast_to(0, examples) if classes else None
@@ -432,19 +432,11 @@ def _images(name, examples, labels, classes, flip) -> Source:
   return Source(name, examples, labels, classes, low, high, offset, scale, flip)
 
 
-def _memory() -> float:
-  """Bytes that this machine has; infinity where that is not known."""
-  try:
-    return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-  except (AttributeError, ValueError):
-    return math.inf
-
-
 def _check_memory(size: int, what: str) -> None:
-  if size > _memory():
+  if size > sharding.host_memory():
     raise UserError(
       f'{what} take {size / 2**30:.3g} GiB, and this machine has '
-      f'{_memory() / 2**30:.3g}; give fewer or smaller ones'
+      f'{sharding.host_memory() / 2**30:.3g}; give fewer or smaller ones'
     )
 
 

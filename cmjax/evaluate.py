@@ -176,7 +176,7 @@ def label_agreement(source: data.Source) -> Metric:
 
   def metric(drawn):
     made = _pixels(drawn.x)
-    finite = np.all(np.isfinite(made), axis=1)  # what is not agrees with nothing
+    finite = np.all(np.isfinite(made), axis=1)  # else it agrees with nothing
     agreed = judge.predict(np.where(finite[:, None], made, 0.0)) == drawn.labels
     return {'label_agreement': float(np.mean(agreed & finite))}
 

@@ -42,7 +42,10 @@ class _Parser(argparse.ArgumentParser):
 def command() -> None:
   """The console script: `main`, and then the end of the process."""
   code = main()
-  sys.stdout.flush()
+  try:
+    sys.stdout.flush()
+  except BrokenPipeError:  # whoever read the output has ended
+    code = code or 1
   sys.stderr.flush()
   if code:
     os._exit(code)  # the usual way out waits for processes and disks that may be gone
@@ -60,17 +63,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     mode = importlib.import_module(f'cmjax.modes.{flags.mode}')
     if flags.mode != 'configs':
       _start(flags)
-    named = any(key.endswith('fn') for key, _ in flags.overrides)
-    if flags.trust or named or '.py' in flags.config:
-      sys.path.append(os.getcwd())  # they may name functions of the user's own
+    if _names_code(flags):
+      from cmjax import config
+
+      config.allow_imports_from(os.getcwd())
     return mode.run(flags) or 0
   except SystemExit as stop:  # of --help and --version
     if isinstance(stop.code, str):
       _say(stop.code)
       return 1
     return stop.code or 0
-  except BrokenPipeError:  # whoever read the output has ended
-    sys.stdout = open(os.devnull, 'w')  # noqa: SIM115, for what is flushed at the end
+  except BrokenPipeError:
     return 1
   except KeyboardInterrupt:
     _say('stopped; a training goes on from its last checkpoint by the same command')
@@ -149,6 +152,13 @@ def _parser() -> argparse.ArgumentParser:
   return parser
 
 
+def _names_code(flags: argparse.Namespace) -> bool:
+  """Whether the command itself names functions that may be the user's own."""
+  in_file = flags.config.partition(':')[0].endswith('.py')
+  by_flag = any(key.endswith('.fn') for key, _ in flags.overrides)
+  return in_file or by_flag or bool(flags.trust)
+
+
 def _start(flags: argparse.Namespace) -> None:
   """Joins the other processes, and finds what earlier ones compiled."""
   import jax
@@ -172,8 +182,9 @@ def _reported(error: Exception) -> int:
   from cmjax import build
   from cmjax.core import UserError, first_line
 
-  theirs = next(build.frames_of_user(error.__traceback__), None)
-  if isinstance(error, UserError | FloatingPointError):
+  theirs = build.frame_of_user(error)
+  diverged = isinstance(error, FloatingPointError) and theirs is None
+  if isinstance(error, UserError) or diverged:
     _say(str(error))
     return 2
   if theirs is not None or isinstance(error, SyntaxError):

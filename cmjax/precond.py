@@ -137,7 +137,7 @@ class TwoTime(NamedTuple):
 def two_time(network: Network) -> Model:
   """A `TwoTime` model. Raises: ValueError unless the network has two clocks.
 
-  Source: Geng et al. 2025 (MeanFlow), whose network is told t and t - r.
+  Source: Geng et al. 2025 (MeanFlow), whose network is given t and t - r.
   """
   _check_clocks(network, 2)
   return TwoTime(network)
@@ -146,6 +146,6 @@ def two_time(network: Network) -> Model:
 def _check_clocks(network: Network, clocks: int) -> None:
   if network.clocks != clocks:
     raise ValueError(
-      f'needs a network that is told {clocks} time(s), got {network.clocks}; '
+      f'needs a network of {clocks} time(s), got {network.clocks}; '
       f'set config.network.clocks={clocks}'
     )

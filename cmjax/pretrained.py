@@ -108,7 +108,8 @@ def load(
     trust: packages of your own whose functions the config of the weights may name.
     mesh: where to put the weights; all devices if None. Where the mesh is of devices
       that are not attached, they are shapes with their places.
-    say: told of damaged checkpoints that are passed over, and of tensors not used.
+    say: receives a line for each damaged checkpoint that is passed over, and for
+      tensors that are not used.
 
   Raises: UserError if there is no checkpoint, no such weights, or another network; if
     a file is damaged, of an unknown kind, or wants code to be run.

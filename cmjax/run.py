@@ -51,7 +51,7 @@ class Run(NamedTuple):
   @property
   def total_steps(self) -> int:
     """Steps until `total_images` are seen."""
-    return -(-self.config.total_images // self.config.batch_size)
+    return _total_steps(self.config)
 
   def meta(self) -> dict[str, Any]:
     """What a checkpoint says of itself."""
@@ -67,6 +67,15 @@ class Run(NamedTuple):
     return pretrained.abstract_params(
       self.network, self.source.shape, self.source.classes, self.mesh
     )
+
+
+def _total_steps(config: configs.ConfigDict) -> int:
+  return -(-config.total_images // config.batch_size)
+
+
+def five_steps(total: int) -> list[int]:
+  """The first step of a run, the last, and those at its quarters."""
+  return sorted({0, total // 4, total // 2, 3 * total // 4, max(total - 1, 0)})
 
 
 class Opened(NamedTuple):
@@ -330,7 +339,7 @@ def subject_of(opened: Opened) -> studies.Subject:
     loss=loss,
     teacher=teacher,
     in_dtype=in_dtype if 'dtype' in config.network else None,
-    step=min(opened.step, -(-config.total_images // config.batch_size) - 1),
+    step=min(opened.step, _total_steps(config) - 1),
   )
 
 
@@ -341,8 +350,7 @@ def _check_schedules(
   target_rate: Schedule | None,
 ) -> None:
   """Refuses learning rates and averages that cannot work, at five points of a run."""
-  last = -(-config.total_images // config.batch_size)
-  points = sorted({0, last // 4, last // 2, 3 * last // 4, max(last - 1, 0)})
+  points = five_steps(_total_steps(config))
   rates = {
     name: schedule
     for name, schedule in schedules.items()

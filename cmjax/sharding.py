@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 from typing import Any
 
 import jax
@@ -52,6 +53,22 @@ def start(coordinator: str = '', processes: int = 0, process: int = -1) -> None:
 def all_true(well: bool) -> bool:
   """Whether it is true in every process; every process must ask."""
   return bool(np.all(multihost_utils.process_allgather(np.array(well))))
+
+
+def bytes_held(tree: Any) -> int:
+  """What one device holds of arrays, by their places and without padding."""
+  return sum(
+    math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
+    for a in jax.tree.leaves(tree)
+  )
+
+
+def host_memory() -> float:
+  """Bytes that this machine has; infinity where that is not known."""
+  try:
+    return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  except (AttributeError, ValueError):
+    return math.inf
 
 
 def check_same(texts: Mapping[str, str]) -> None:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import math
-import os
 from pathlib import Path
 import time
 from typing import Any
@@ -197,7 +196,7 @@ def train(run: Run, workdir: str | Path, hooks: Mapping[str, Hook]) -> TrainStat
       contextlib.closing(logs.RunLog(folder, jax.process_index() == 0, start)) as log,
       contextlib.closing(logs.Progress(start, run.total_steps)) as progress,
       preemption.Notice() as notice,
-      watchdog.Watchdog() as watch,
+      contextlib.closing(watchdog.Watchdog()) as watch,
     ):
       state, ended = _loop(
         run, state, meta, checkpoints, log, progress, hooks, notice, watch
@@ -225,15 +224,11 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def check_memory(run: Run) -> None:
-  """Refuses a state that the devices cannot hold, before any of it is made."""
+  """Raises UserError for a state that this machine cannot hold, before it is made."""
   if jax.devices()[0].platform != 'cpu':
-    return  # the device says so itself, in an error that can be caught
-  held = sum(
-    math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
-    for a in jax.tree.leaves(abstract_state(run))
-  )
-  held *= jax.local_device_count()
-  there = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+    return  # the device raises an error that can be caught
+  held = sharding.bytes_held(abstract_state(run)) * jax.local_device_count()
+  there = sharding.host_memory()
   if held > there:
     raise UserError(
       f'config.network: parameters, averages and optimiser state take '
@@ -401,9 +396,10 @@ def _check_learned(losses: list[float], lost: list[int], steps: int) -> None:
       f'all {steps} steps had a loss, gradient or update that is not finite, and '
       'nothing was learned; lower the learning rate, or look at the data'
     )
-  if losses and not losses[-1] < MOST_RISE * max(abs(losses[0]), 1.0):
+  known = [loss for loss in losses if math.isfinite(loss)]  # without lost steps
+  if known and known[-1] > MOST_RISE * max(abs(known[0]), 1.0):
     raise FloatingPointError(
-      f'the loss rose from {losses[0]:.4g} to {losses[-1]:.4g}: the run diverged; '
+      f'the loss rose from {known[0]:.4g} to {known[-1]:.4g}: the run diverged; '
       'start again in a new --workdir with a lower learning rate, or with '
       'config.grad_clip_norm'
     )

@@ -3,7 +3,6 @@
 import sys
 import threading
 import time
-from types import TracebackType
 
 import jax
 
@@ -13,7 +12,7 @@ SEEN = 10  # the first steps are dispatched and not waited for, and take no time
 
 
 class Watchdog:
-  """Says on stderr when a step takes far longer than those before it, once for each.
+  """Reports on stderr a step that takes far longer than those before it, once each.
 
   Call `step` where a step begins, and `rest` before what is not a step and may take
   long: compilation, pictures, evaluation, saving.
@@ -25,22 +24,8 @@ class Watchdog:
     self._begun = None  # the step under way and since when
     self._late = None  # since when, of a step that was reported
     self._closed = threading.Event()
-
-  def __enter__(self) -> 'Watchdog':
-    """Begins to watch."""
     self._thread = threading.Thread(target=self._watch, daemon=True)
     self._thread.start()
-    return self
-
-  def __exit__(
-    self,
-    kind: type[BaseException] | None,
-    error: BaseException | None,
-    trace: TracebackType | None,
-  ) -> None:
-    """Ends the thread."""
-    self._closed.set()
-    self._thread.join()
 
   def step(self, step: int) -> None:
     """The step before, if any, has ended, and this one begins."""
@@ -57,6 +42,11 @@ class Watchdog:
   def rest(self) -> None:
     """What follows is not a step."""
     self._begun = None
+
+  def close(self) -> None:
+    """Ends the thread."""
+    self._closed.set()
+    self._thread.join()
 
   def _watch(self) -> None:
     while not self._closed.wait(self._least_s / 20):

@@ -153,9 +153,9 @@ PATIENCE_S = 3 * BEAT_S  # without a beat for as long, an owner elsewhere is gon
 def lock(workdir: Path) -> Iterator[None]:
   """Makes the folder, and keeps every other process from training in it meanwhile.
 
-  The lock is the system's on the file `.lock`, so it ends with its owner, however that
-  ends. Where a file system keeps such locks within each host, the beat of an owner on
-  another host shows that it is alive.
+  The lock is that of the operating system on the file `.lock`, so a process that dies
+  holds it no longer. Where a file system keeps such locks within each host, the beat of
+  an owner on another host shows that it is alive.
 
   Raises: UserError naming host and process of the owner, if there is one.
   """

@@ -155,10 +155,10 @@ def test_fully_sharded_each_device_holds_an_eighth_of_the_state(name, classes):
   run = runs.prepare(config)
   state = train.abstract_state(run)
   for part in (state.params, state.ema, state.opt_state):
-    assert aot.bytes_held(part) <= size_of(part) * (1 / 8 + 0.02)
+    assert sharding.bytes_held(part) <= size_of(part) * (1 / 8 + 0.02)
   whole = runs.prepare(config, sharding.data_mesh())
   params = train.abstract_state(whole).params
-  assert aot.bytes_held(params) == size_of(params)
+  assert sharding.bytes_held(params) == size_of(params)
 
 
 def test_where_no_array_can_lie_everything_frozen_is_abstract(tmp_path, monkeypatch):
@@ -170,7 +170,7 @@ def test_where_no_array_can_lie_everything_frozen_is_abstract(tmp_path, monkeypa
   assert leaves
   assert all(isinstance(a, jax.ShapeDtypeStruct) for a in leaves)
   report = aot.compile_step(run)
-  assert report.held['frozen networks and data'] == aot.bytes_held(run.frozen) > 0
+  assert report.held['frozen networks and data'] == sharding.bytes_held(run.frozen) > 0
   # All but the index of each example, which this objective does not read.
   held = sum(report.held.values()) - 32 // 8 * 4
   assert held <= report.memory.arguments <= held + 64

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from cmjax import data, oracles
+from cmjax import data, oracles, sharding
 from cmjax.core import UserError
 from tests.conftest import ROOT
 
@@ -72,7 +72,7 @@ def test_numbers_of_points_that_cannot_be_are_refused(samples):
 
 
 def test_points_that_do_not_fit_into_memory_are_refused(monkeypatch):
-  monkeypatch.setattr(data, '_memory', lambda: 1000)
+  monkeypatch.setattr(sharding, 'host_memory', lambda: 1000)
   with pytest.raises(ValueError, match='memory'):
     data.points(oracle=oracles.ring(), samples=1000)
 
@@ -597,9 +597,9 @@ def test_data_beyond_memory_is_refused_before_it_is_read(kind, tmp_path, monkeyp
     for i in range(9):
       save_image(tmp_path / f'{i}.png', size=(99, 99))
   size = 9 * 99 * 99 * 3
-  monkeypatch.setattr(data, '_memory', lambda: size + 1000)
+  monkeypatch.setattr(sharding, 'host_memory', lambda: size + 1000)
   assert len(data.array(path=path).examples) == 9
-  monkeypatch.setattr(data, '_memory', lambda: size - 1)
+  monkeypatch.setattr(sharding, 'host_memory', lambda: size - 1)
   with pytest.raises(UserError, match=r'GiB, and this machine has') as error:
     data.array(path=path)
   assert path in str(error.value)
@@ -759,6 +759,7 @@ def test_a_data_set_without_its_records_is_refused(tmp_path):
   'name',
   [
     'huggingface:mnist',
+    'myData',  # TFDS opens my_data for it
     'kaggle:x',
     '../x',
     '/etc',

@@ -18,7 +18,8 @@ LAYERS = [
   ['port.pickles', 'port.names'],
   ['port.edm', 'port.openai', 'port.read'],
   ['studies', 'port.*'],
-  ['build', 'data', 'sharding', 'checkpoint', 'logs', 'preemption', 'watchdog'],
+  ['sharding'],
+  ['build', 'data', 'checkpoint', 'logs', 'preemption', 'watchdog'],
   ['config'],
   ['pretrained', 'workdir'],
   ['run'],
@@ -154,6 +155,17 @@ def test_a_config_imports_parts_and_at_most_one_other_config(path):
   allowed = {'ml_collections', 'cmjax.core'} if path.stem == 'parts' else set()
   assert modules - siblings <= allowed
   assert len(siblings - {'cmjax.configs.parts'}) <= 1
+
+
+@pytest.mark.parametrize('path', FILES, ids=name_of)
+def test_every_part_is_built_as_a_kind(path):
+  """Without one, a config of a stranger's could not name what it needs there."""
+  for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+    if isinstance(node, ast.Call) and ast.unparse(node.func) in (
+      'build.build',
+      'build.build_each',
+    ):
+      assert len(node.args) == 3, f'{name_of(path)}:{node.lineno}'
 
 
 def test_top_level_holds_only_what_was_decided():

@@ -625,6 +625,51 @@ def test_in_a_notebook_a_mistake_is_an_exit_code(capsys):
   assert capsys.readouterr().err.startswith("cmjax: --config: no config 'none'")
 
 
+@pytest.mark.parametrize(
+  ('flags', 'there'),
+  [
+    (['--workdir=none'], False),  # a folder that was downloaded may be the current one
+    (['--config=edm:digits'], False),
+    (['--config=edm:digits', '--config.objective.fn=theirs:loss'], True),
+    (['--config=mine.py'], True),
+    (['--workdir=none', '--trust=theirs'], True),
+  ],
+)
+def test_the_current_folder_is_importable_if_the_command_names_code(
+  flags, there, tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(sys, 'path', [p for p in sys.path if p])
+  assert main.main([*flags, '--mode=dry_run']) != 0 or not there
+  assert (str(tmp_path) in sys.path) == there
+
+
+@pytest.mark.parametrize(
+  ('text', 'code', 'told'),
+  [
+    ('def get_config(:\n', 1, 'SyntaxError'),
+    ('import sys\nsys.exit("my own end")\n', 1, 'cmjax: my own end'),
+    ('def get_config():\n  raise FloatingPointError("mine")\n', 1, 'raise Floating'),
+  ],
+)
+def test_how_a_config_of_the_users_ends_is_shown(text, code, told, tmp_path, capsys):
+  (tmp_path / 'mine.py').write_text(text)
+  assert main.main([f'--config={tmp_path / "mine.py"}', '--mode=dry_run']) == code
+  err = capsys.readouterr().err
+  assert told in err
+  assert 'a fault of cmjax' not in err
+
+
+def test_a_reader_that_ends_early_is_no_fault():
+  done = subprocess.run(
+    ['bash', '-c', '"$@" --mode=configs | true; exit "${PIPESTATUS[0]}"', 'x',
+     sys.executable, '-m', 'cmjax'],
+    cwd=ROOT, capture_output=True, text=True, timeout=300,
+  )  # fmt: skip
+  assert done.returncode == 1
+  assert done.stderr == ''
+
+
 def test_debug_shows_where_a_mistake_was_noticed(capsys):
   assert main.main(['--config=none:x', '--mode=dry_run', '--debug']) == 2
   err = capsys.readouterr().err
@@ -735,6 +780,8 @@ def test_what_was_compiled_is_found_again(tmp_path):
   environment = os.environ | {
     'JAX_ENABLE_COMPILATION_CACHE': 'true',
     'JAX_COMPILATION_CACHE_DIR': str(other),
+    # A step this small may compile in under the second that JAX asks for.
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
   }
   files = []
   for name in ('a', 'b'):

@@ -85,6 +85,12 @@ def test_images_a_network_cannot_halve_are_refused_with_its_name(one_device):
     runs.prepare(config, one_device)
 
 
+def test_results_of_a_named_checkpoint_lie_in_its_run(taught, tmp_path):
+  step = max((taught / 'labels' / 'checkpoints').iterdir())
+  assert runs.beside(runs.reopen(step)) == taught / 'labels'
+  assert runs.beside(runs.reopen(taught / 'labels')) == taught / 'labels'
+
+
 def test_an_average_may_not_be_called_as_the_live_weights(one_device):
   config = small()
   with config.unlocked():

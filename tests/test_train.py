@@ -1,11 +1,11 @@
 """The training step, the loop, and what survives when a run is killed."""
 
+import functools
 import json
 import os
 from pathlib import Path
 import random
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -17,7 +17,16 @@ import numpy as np
 import optax
 import pytest
 
-from cmjax import checkpoint, core, data, logs, schedules, sharding, train
+from cmjax import (
+  checkpoint,
+  core,
+  data,
+  logs,
+  schedules,
+  sharding,
+  train,
+  watchdog,
+)
 from cmjax import config as configs
 from cmjax import run as runs
 from tests.conftest import ROOT
@@ -463,6 +472,57 @@ def test_a_run_that_diverges_is_not_done(tmp_path, one_device, capsys):
   assert 'done: ' not in capsys.readouterr().out
 
 
+def test_a_run_that_lost_steps_in_its_first_and_last_row_is_done(
+  tmp_path, one_device, capsys
+):
+  run = runs.prepare(small(), one_device)
+
+  def loss(nets, batch, step, keys):
+    out = run.loss(nets, batch, step, keys)
+    bad = (step == 1) | (step == 22)
+    return out._replace(loss=jnp.where(bad, jnp.nan, out.loss))
+
+  train.train(run._replace(loss=loss), tmp_path, {})
+  assert 'done: ' in capsys.readouterr().out
+
+
+def test_steps_lost_before_a_restart_are_not_those_of_after_it(tmp_path, one_device):
+  run = runs.prepare(small(total_images=32 * 12, every__log_steps=12), one_device)
+
+  def loss(nets, batch, step, keys):
+    out = run.loss(nets, batch, step, keys)
+    return out._replace(loss=jnp.where(step < 6, jnp.nan, out.loss))
+
+  def fall(run, params, step, log, check):
+    raise RuntimeError
+
+  fails = run._replace(loss=loss)
+  fails.config.every.picture_steps = 7
+  with pytest.raises(
+    RuntimeError
+  ):  # after the checkpoint of step 6, whose all are lost
+    train.train(fails, tmp_path, {'picture': fall})
+  state = train.train(fails, tmp_path, {})  # its own six steps are kept
+  assert int(state.step) == 12
+
+
+def test_a_step_of_training_that_stands_still_is_reported(
+  tmp_path, one_device, monkeypatch, capsys
+):
+  run, read = runs.prepare(small(), one_device), train.batch
+
+  def slow(run, step):
+    time.sleep(1.0 if step == 20 else 0.0)
+    return read(run, step)
+
+  monkeypatch.setattr(train, 'batch', slow)
+  soon = functools.partial(watchdog.Watchdog, least_s=0.2)
+  monkeypatch.setattr(watchdog, 'Watchdog', soon)
+  train.train(run, tmp_path, {})
+  err = capsys.readouterr().err
+  assert re.search(r'process 0: step 21 has taken \d s, .* does not answer', err)
+
+
 def test_two_runs_in_one_folder_lose_nothing(tmp_path, one_device):
   command = [
     sys.executable, '-m', 'cmjax.main', '--config=edm:digits', f'--workdir={tmp_path}',
@@ -531,18 +591,18 @@ def test_a_save_that_fails_is_one_line_and_the_run_can_go_on(tmp_path):
   ]  # fmt: skip
   environment = os.environ | {'PYTHONPATH': str(ROOT)}
 
-  def limit():  # the bytes of a file: metrics and configs are smaller, weights are not
-    resource.setrlimit(resource.RLIMIT_FSIZE, (16_000, 16_000))
+  # Kibibytes of a file: metrics and configs are smaller, weights are not.
+  limited = ['bash', '-c', 'ulimit -f 15 && exec "$@"', 'limited', *command]
 
-  def run(**kwargs):
+  def run(command):
     return subprocess.run(
-      command, env=environment, capture_output=True, text=True, timeout=300, **kwargs
+      command, env=environment, capture_output=True, text=True, timeout=300
     )
 
-  failed = run(preexec_fn=limit)
+  failed = run(limited)
   assert failed.returncode == 2, failed.stderr
   assert failed.stderr.count('\n') == 1, failed.stderr
   assert re.search('could not be saved .* which starts again', failed.stderr)
-  again = run()
+  again = run(command)
   assert again.returncode == 0, again.stderr
   assert 'step 24/24' in again.stdout

@@ -1,5 +1,6 @@
 """A step that takes far longer than those before is reported, and nothing else is."""
 
+import contextlib
 import re
 import time
 
@@ -11,7 +12,7 @@ from cmjax import watchdog
 @pytest.fixture
 def watch():
   """One that reports after 0.2 s or a little more, and has seen quick steps."""
-  with watchdog.Watchdog(least_s=0.2) as watch:
+  with contextlib.closing(watchdog.Watchdog(least_s=0.2)) as watch:
     for step in range(watchdog.SEEN + 1):
       watch.step(step)
     yield watch
@@ -41,7 +42,7 @@ def test_what_is_not_a_step_may_take_long(watch, capsys):
 
 
 def test_nothing_is_reported_before_it_is_known_how_long_a_step_takes(capsys):
-  with watchdog.Watchdog(least_s=0.1) as watch:
+  with contextlib.closing(watchdog.Watchdog(least_s=0.1)) as watch:
     watch.step(1)
     time.sleep(0.3)
     watch.step(2)
@@ -49,7 +50,7 @@ def test_nothing_is_reported_before_it_is_known_how_long_a_step_takes(capsys):
 
 
 def test_steps_that_always_take_long_are_not_reported(capsys):
-  with watchdog.Watchdog(least_s=0.1) as watch:
+  with contextlib.closing(watchdog.Watchdog(least_s=0.1)) as watch:
     for step in range(watchdog.SEEN + 1):
       watch.step(step)
       time.sleep(0.05)

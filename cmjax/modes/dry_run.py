@@ -15,7 +15,7 @@ def run(flags: argparse.Namespace) -> None:
   config = workdir.config_for(flags.config, folder, flags.overrides, flags.trust)
   prepared = runs.prepare(config, trust=flags.trust)
   last = prepared.total_steps
-  points = [0, last // 4, last // 2, 3 * last // 4, max(last - 1, 0)]
+  points = runs.five_steps(last)
   rows = [
     {'schedule': name} | {f'step {step}': f'{float(at(step)):.4g}' for step in points}
     for name, at in prepared.schedules.items()

@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from cmjax import checks
 from cmjax.core import Network
 from cmjax.networks import layers
 
@@ -113,7 +114,7 @@ def adm(
       only shifts, in OpenAI's for LSUN.
     dropout: rate inside the blocks, active only under a key.
     noise_scale: multiplies c_noise before its sinusoids; 1 in EDM, 1000 in OpenAI's.
-    clocks: how many times the network is told; 2 for a map between two times.
+    clocks: how many times condition the network; 2 for a map between two.
     log_weight: whether it also holds a learned weighting, for objectives that use one.
     attend: 'exact' attention, 'chunked' to save memory, or 'fused' for that of
       `jax.nn`, which rounds float64 to float32.
@@ -144,8 +145,8 @@ def adm(
     log_weight=log_weight,
     dtype=dtype,
   )
-  layers.check_whole('head_channels', head_channels)
-  layers.check_choice('film', film, (False, True))
+  checks.whole(1, layers.MOST_WIDTH, head_channels=head_channels)
+  checks.choice((False, True), film=film)
   if channels % head_channels and head_channels % channels:
     raise ValueError(f'needs channels a multiple of {head_channels=}, got {channels}')
   style = layers.Style(

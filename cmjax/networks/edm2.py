@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from cmjax import checks
 from cmjax.core import Array, Network
 from cmjax.networks import layers
 
@@ -246,7 +247,7 @@ def edm2(
     balance: share of the residual and attention branches.
     clip: largest size of an activation.
     noise_scale: multiplies c_noise before its Fourier features.
-    clocks: how many times the network is told; 2 for a map between two times.
+    clocks: how many times condition the network; 2 for a map between two.
     log_weight: whether it also holds the uncertainty u(sigma), as -u.
     attend: 'exact' attention, 'chunked' to save memory, or 'fused' for that of
       `jax.nn`, which rounds float64 to float32.
@@ -275,10 +276,10 @@ def edm2(
     log_weight=log_weight,
     dtype=dtype,
   )
-  layers.check_whole('head_channels', head_channels)
-  layers.check_whole('dropout_resolution', dropout_resolution, least=0)
-  layers.check_real('balance', balance, 0, 1)
-  layers.check_real('clip', clip, 0, 1e9)
+  checks.whole(1, layers.MOST_WIDTH, head_channels=head_channels)
+  checks.whole(0, layers.MOST_WIDTH, dropout_resolution=dropout_resolution)
+  checks.real(0, 1, balance=balance)
+  checks.real(0, 1e9, clip=clip)
   if channels % head_channels and head_channels % channels:
     raise ValueError(f'needs channels a multiple of {head_channels=}, got {channels}')
   if not balance or not clip:

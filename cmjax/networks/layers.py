@@ -1,7 +1,6 @@
 """Layers and the one way in which a linen module becomes a `Network`."""
 
-from collections.abc import Callable, Iterator, Sequence
-import reprlib
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cmjax import checks
 from cmjax.core import LOG_WEIGHT, Array, Key, Network, Params
 
 DTYPES = ('float32', 'bfloat16', 'float16', 'float64')
@@ -72,43 +72,6 @@ def as_network(
   return Network(init, apply, clocks, weigh if log_weight else None)
 
 
-def check_whole(name: str, value: Any, least: int = 1, most: int = MOST_WIDTH) -> None:
-  """Raises ValueError unless a setting is a whole number in [least, most]."""
-  if not _is_whole(value, least, most):
-    raise _wrong(name, f'a whole number in [{least}, {most}]', value)
-
-
-def check_wholes(name: str, value: Any, length: int, least: int, most: int) -> None:
-  """Raises ValueError unless a setting is a tuple of at most `length` such numbers."""
-  known = isinstance(value, tuple | list) and len(value) <= length
-  if not known or not all(_is_whole(part, least, most) for part in value):
-    wanted = f'a tuple of at most {length} whole numbers in [{least}, {most}]'
-    raise _wrong(name, wanted, value)
-
-
-def check_real(name: str, value: Any, least: float, most: float) -> None:
-  """Raises ValueError unless a setting is a number in [least, most)."""
-  known = isinstance(value, int | float | np.integer | np.floating)
-  if not known or isinstance(value, bool) or not least <= value < most:
-    raise _wrong(name, f'a number in [{least:g}, {most:g})', value)
-
-
-def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
-  """Raises ValueError unless a setting is one of the choices."""
-  if not isinstance(value, str | bool) or value not in choices:
-    raise _wrong(name, f'one of {", ".join(map(str, choices))}', value)
-
-
-def _is_whole(value: Any, least: int, most: int) -> bool:
-  whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-  return whole and least <= value <= most
-
-
-def _wrong(name: str, wanted: str, value: Any) -> ValueError:
-  got = ' '.join(reprlib.repr(value).split())[:80]
-  return ValueError(f'{name} must be {wanted}, got {got}')
-
-
 def check(
   *,
   blocks: int,
@@ -122,12 +85,12 @@ def check(
 
   Raises: ValueError naming the first that is out of range or of another type.
   """
-  check_whole('blocks', blocks, most=MOST_BLOCKS)
-  check_real('dropout', dropout, 0, 1)
-  check_real('noise_scale', noise_scale, -1e9, 1e9)
-  check_whole('clocks', clocks, most=16)
-  check_choice('log_weight', log_weight, (False, True))
-  check_choice('dtype', dtype, DTYPES)
+  checks.whole(1, MOST_BLOCKS, blocks=blocks)
+  checks.real(0, 1, dropout=dropout)
+  checks.real(-1e9, 1e9, noise_scale=noise_scale)
+  checks.whole(1, 16, clocks=clocks)
+  checks.choice((False, True), log_weight=log_weight)
+  checks.choice(DTYPES, dtype=dtype)
 
 
 def refuse_missing_labels(
@@ -313,11 +276,12 @@ def check_unet(
 ) -> None:
   """Raises ValueError for settings, of `check` too, that cannot build a U-Net."""
   check(blocks=blocks, **others)
-  check_whole('channels', channels)
-  check_wholes('channel_mult', channel_mult, MOST_LEVELS, 1, MOST_WIDTH // channels)
-  check_wholes('attention', attention, 64, 1, MOST_WIDTH)
-  check_choice('attend', attend, tuple(ATTENTION))
-  check_choice('remat', remat, (False, True))
+  checks.whole(1, MOST_WIDTH, channels=channels)
+  most = MOST_WIDTH // channels
+  checks.wholes(MOST_LEVELS, 1, most, channel_mult=channel_mult)
+  checks.wholes(64, 1, MOST_WIDTH, attention=attention)
+  checks.choice(tuple(ATTENTION), attend=attend)
+  checks.choice((False, True), remat=remat)
   if blocks * len(channel_mult) > MOST_BLOCKS:
     raise ValueError(
       f'{blocks=} of each of {len(channel_mult)} levels are more than {MOST_BLOCKS}'

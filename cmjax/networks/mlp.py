@@ -5,6 +5,7 @@ import math
 import flax.linen as nn
 import jax.numpy as jnp
 
+from cmjax import checks
 from cmjax.core import Network
 from cmjax.networks import layers
 
@@ -68,7 +69,7 @@ def mlp(
     embedding: features of the noise and label embedding.
     dropout: rate inside the blocks, active only under a key.
     noise_scale: multiplies c_noise before its sinusoids, whose fastest has period 2 pi.
-    clocks: how many times the network is told; 2 for a map between two times.
+    clocks: how many times condition the network; 2 for a map between two.
     log_weight: whether it also holds a learned weighting, for objectives that use one.
     dtype: compute dtype; the embedding and all parameters stay float32.
 
@@ -88,8 +89,7 @@ def mlp(
     log_weight=log_weight,
     dtype=dtype,
   )
-  layers.check_whole('width', width)
-  layers.check_whole('embedding', embedding)
+  checks.whole(1, layers.MOST_WIDTH, width=width, embedding=embedding)
   if embedding < 4 or embedding % 2:
     raise ValueError(f'embedding must be even and at least 4, got {embedding}')
   return layers.as_network(

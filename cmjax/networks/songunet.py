@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
+from cmjax import checks
 from cmjax.core import Network
 from cmjax.networks import layers
 
@@ -175,7 +176,7 @@ def songunet(
       augmented; left out, they are zeros. EDM has 9 for CIFAR-10.
     dropout: rate inside the blocks, active only under a key.
     noise_scale: multiplies c_noise before its embedding; 1 in EDM and ECT.
-    clocks: how many times the network is told; 2 for a map between two times.
+    clocks: how many times condition the network; 2 for a map between two.
     log_weight: whether it also holds a learned weighting, for objectives that use one.
     attend: 'exact' attention, 'chunked' to save memory, or 'fused' for that of
       `jax.nn`, which rounds float64 to float32.
@@ -203,10 +204,10 @@ def songunet(
     log_weight=log_weight,
     dtype=dtype,
   )
-  layers.check_choice('embedding', embedding, ('positional', 'fourier'))
-  layers.check_choice('residual_input', residual_input, (False, True))
-  layers.check_wholes('taps', taps, 64, 0, 2**16)
-  layers.check_whole('augment', augment, 0, 2**10)
+  checks.choice(('positional', 'fourier'), embedding=embedding)
+  checks.choice((False, True), residual_input=residual_input)
+  checks.wholes(64, 0, 2**16, taps=taps)
+  checks.whole(0, 2**10, augment=augment)
   if len(taps) % 2 or not any(taps):
     raise ValueError(f'needs an even number of taps, not all of them 0; got {taps=}')
   style = layers.Style(

@@ -176,9 +176,9 @@ def shortcut(f: Model, *, finest: int = 128, flow_share: float = 0.75) -> Loss:
   Raises: ValueError unless f is a `precond.two_time`, `finest` is a power of two from 2
     to 65,536 and the share in [0, 1].
 
-  Source: Frans et al. 2024 (shortcut models), section 3; the length that flow matching
-    is told: kvfrans/shortcut-models.
-  Differs: the network is told t - r, not its logarithm.
+  Source: Frans et al. 2024 (shortcut models), section 3; the length given with flow
+    matching: kvfrans/shortcut-models.
+  Differs: the network is given t - r, not its logarithm.
   """
   _check_model(f)
   pairs = dyadic_times(finest=finest, flow_share=flow_share)

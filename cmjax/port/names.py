@@ -1,7 +1,7 @@
 """Which network a released file holds, and where in it each of our parameters is.
 
 `assemble` follows a `Plan` to the letter: a tensor that is missing, has another shape,
-or is left over is told by name.
+or is left over is named in the error.
 """
 
 from collections.abc import Callable, Mapping
