@@ -1,6 +1,6 @@
 """Consistency models in JAX."""
 
-from cmjax import startup
+from cmjax.runtime import startup
 
 __version__ = '0.3.0.dev0'
 

@@ -1,4 +1,4 @@
-"""The vocabulary every other module speaks: values, protocols and key streams."""
+"""Types that all modules share: batches, parameters, models, losses, random keys."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,54 +11,63 @@ import jax.numpy as jnp
 Array = jax.Array
 Key = jax.Array
 Params = Any
-Perceptual = NewType('Perceptual', object)  # parameters of a network of features
+Perceptual = NewType('Perceptual', object)  # parameters of a perceptual network
 Schedule = Callable[[Array], Array]  # step i32[] -> f32[]
-Denoiser = Callable[[Array, Array], Array]  # (x f32[B, ...], t f32[B]) -> E[x0 | x_t]
+Denoiser = Callable[[Array, Array], Array]  # (x f32[B, ...], sigma f32[B]) -> E[x0 | x]
 Field = Callable[[Array, Array], Array]  # (x f32[B, ...], t f32[B]) -> dx/dt
 Solver = Callable[[Field, Array, Array, Array], Array]  # (field, x, t, r) -> x_r
 
 
-MOST_LETTERS = 600  # of an error
+MAX_ERROR_LENGTH = 600  # characters
 
 
 class UserError(ValueError):
-  """A mistake in what the user gave: one line that says what, where and the way out.
+  """An error in the user's input, in one line: where, what is wrong, what to do.
 
-  A longer value than a line can hold is cut in its middle.
+  A message of more than MAX_ERROR_LENGTH characters is shortened in the middle.
   """
 
   def __init__(self, text: str):
     line = ' '.join(str(text).split())
-    if len(line) > MOST_LETTERS:
-      half = MOST_LETTERS // 2
+    if len(line) > MAX_ERROR_LENGTH:
+      half = MAX_ERROR_LENGTH // 2
       line = f'{line[:half]} [...] {line[-half:]}'
     super().__init__(line)
 
 
 class Batch(NamedTuple):
-  """Examples as the objectives see them."""
+  """A batch of training examples."""
 
   x0: Array  # f32[B, ...] data; images in [-1, 1]
-  cond: Array | None  # f32[B, K] one-hot label, or zeros where it is dropped
-  index: Array | None = None  # i32[B] which examples of the source these are
+  cond: Array | None  # f32[B, K] one-hot labels; a dropped label is all zeros
+  indices: Array | None = None  # i32[B] positions of the examples in the data set
+
+
+class Noisy(NamedTuple):
+  """Noisy examples x_t, and the other inputs of a network."""
+
+  x: Array  # f32[B, ...] x_t
+  t: Array  # f32[B] times of the objective's process
+  cond: Array | None  # f32[B, K] one-hot labels
+  key: Key | None  # for dropout; None disables it
 
 
 class Nets(NamedTuple):
-  """The parameters an objective may use; only `online` is differentiated."""
+  """The parameters of an objective; gradients are taken only of `online`."""
 
   online: Params
   target: Params = None  # None: the stop-gradient of `online`
   teacher: Params = None
-  perceptual: Params = None
-  reference: Params = None
+  perceptual: Params = None  # of the network inside a perceptual distance
+  reference: Params = None  # a `fields.Reference`
 
-  def fixed(self) -> Params:
+  def target_params(self) -> Params:
     """theta^-: the target network's, or the stop-gradient of `online`."""
     return jax.lax.stop_gradient(self.online if self.target is None else self.target)
 
 
 class Frozen(NamedTuple):
-  """What a step reads and never changes: an argument of it, never a closure."""
+  """Constants of a training step; arguments of it, so that jit does not embed them."""
 
   teacher: Params = None
   perceptual: Params = None
@@ -66,18 +75,18 @@ class Frozen(NamedTuple):
 
 
 class LossOut(NamedTuple):
-  """One number an example, not averaged, and what is worth logging beside it."""
+  """The loss of each example, not averaged, and metrics of each example to log."""
 
   loss: Array  # f32[B]
-  aux: Mapping[str, Array]  # f32[B] each; `t` is always there
+  aux: Mapping[str, Array]  # f32[B] each; `sigma` is always included
 
 
 class TrainState(NamedTuple):
-  """Everything that cannot be recomputed, and nothing else."""
+  """The state of training that cannot be recomputed."""
 
   step: Array  # i32[]
   params: Params
-  target: Params  # None where the objective uses stop-gradient of `params`
+  target: Params  # None if the target is the stop-gradient of `params`
   ema: dict[str, Params]
   opt_state: Any
 
@@ -85,16 +94,17 @@ class TrainState(NamedTuple):
 class Network(NamedTuple):
   """A raw network F as pure functions.
 
-  c_noise is f32[B], or f32[B, clocks] for a network of several times.
+  c_noise is f32[B], or f32[B, num_times] if num_times > 1.
   """
 
   init: Callable[..., Params]  # (key, x, c_noise, cond) -> params
   apply: Callable[..., Array]  # (params, x, c_noise, cond, *, key=None) -> F
-  clocks: int = 1
-  log_weight: Callable[..., Array] | None = None  # (params, c_noise) -> f32[B], learned
+  num_times: int = 1
+  # A learned loss weighting: (params, c_noise) -> log w f32[B].
+  log_weight: Callable[..., Array] | None = None
 
 
-LOG_WEIGHT = 'log_weight'  # the parameters of a network's learned weighting
+LOG_WEIGHT = 'log_weight'  # key of the learned weighting in the network's parameters
 
 
 class Model(Protocol):
@@ -104,28 +114,34 @@ class Model(Protocol):
     self,
     params: Params,
     x: Array,
-    t: Array,
+    sigma: Array,
     cond: Array | None,
+    /,
     *,
     key: Key | None = None,
   ) -> Array:
-    """f32[B, ...] at noise levels f32[B] -> f32[B, ...]; dropout only under a key."""
+    """x f32[B, ...] with noise levels sigma f32[B] > 0 -> f32[B, ...].
+
+    x is on the VE process, x0 + sigma z. Dropout is active only if a key is given.
+    """
+    ...
 
 
 class Loss(Protocol):
-  """An objective, pure and written for the global batch."""
+  """An objective: a pure function of the global batch."""
 
   def __call__(
-    self, nets: Nets, batch: Batch, step: Array, keys: Mapping[str, Key]
+    self, nets: Nets, batch: Batch, step: Array, keys: Mapping[str, Key], /
   ) -> LossOut:
-    """Draws times and noise from `keys`, and returns one loss an example."""
+    """Draws times and noise from `keys` and returns one loss per example."""
+    ...
 
 
 STREAMS = ('time', 'noise', 'dropout', 'label')
 
 
 def streams(root: Key, step: Array | int) -> dict[str, Key]:
-  """The step's keys by name: nothing random is ever saved."""
+  """The random keys of one step by name; they depend on root and step only."""
   at_step = jax.random.fold_in(root, step)
   return {
     name: jax.random.fold_in(at_step, zlib.crc32(name.encode())) for name in STREAMS
@@ -133,38 +149,38 @@ def streams(root: Key, step: Array | int) -> dict[str, Key]:
 
 
 def first_line(error: Exception) -> str:
-  """What an error says, in one line of at most 160 characters."""
+  """The first line of an error's message, at most 160 characters."""
   return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
 def unused(path: Path, suffix: str = '') -> Path:
-  """The path itself, or with the first number that no file or folder has yet."""
+  """The path with the suffix; if it exists, with the first free number from 2 on."""
   candidate, number = path.with_name(path.name + suffix), 2
   while candidate.exists():
     candidate, number = path.with_name(f'{path.name}_{number}{suffix}'), number + 1
   return candidate
 
 
-def drop_labels(cond: Array | None, key: Key, share: float) -> Array | None:
-  """One-hot labels f32[B, K], zeros in that share of the rows: no label.
+def drop_labels(cond: Array | None, key: Key, fraction: float) -> Array | None:
+  """One-hot labels f32[B, K], set to zero in a random fraction of the rows.
 
-  Raises: ValueError for a share above zero without labels.
+  Raises: ValueError if fraction > 0 and there are no labels.
 
   Source: Ho & Salimans 2022 (classifier-free guidance), algorithm 1.
   """
-  if share == 0:
+  if fraction == 0:
     return cond
   if cond is None:
-    raise ValueError(f'label_dropout={share} needs labels; the data has none')
-  kept = jax.random.bernoulli(key, 1.0 - share, (len(cond), 1))
-  return jnp.where(kept, cond, 0.0)
+    raise ValueError(f'label_dropout={fraction} needs labels, and cond is None')
+  keep = jax.random.bernoulli(key, 1.0 - fraction, (len(cond), 1))
+  return jnp.where(keep, cond, 0.0)
 
 
 def expand(t: Array, x: Array) -> Array:
-  """f32[B] -> f32[B, 1, ...] with the rank of x f32[B, ...]."""
+  """t f32[B] -> f32[B, 1, ...], of the rank of x f32[B, ...], to broadcast over it."""
   return jnp.reshape(t, t.shape + (1,) * (x.ndim - t.ndim))
 
 
 def sum_features(x: Array) -> Array:
-  """f32[B, ...] -> f32[B], summed over all but the first axis."""
+  """f32[B, ...] -> f32[B]: the sum over all axes but the first."""
   return jnp.sum(x, axis=tuple(range(1, x.ndim)))

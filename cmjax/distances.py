@@ -1,7 +1,4 @@
-"""Distances d(a, b) -> f32[B] over whole examples, and weightings w(t, r).
-
-Every distance sums over all features of an example; none averages.
-"""
+"""Distances d(a, b) -> f32[B] between examples: sums over all features, not means."""
 
 from collections.abc import Callable
 import functools
@@ -13,45 +10,43 @@ import jax.numpy as jnp
 from cmjax import checks
 from cmjax.core import Array, Params, sum_features
 
-Weighting = Callable[[Array, Array], Array]
-
 
 class Distance(NamedTuple):
-  """d(a, b), and how it grows near a = b."""
+  """d(a, b), and the power with which it grows near a = b."""
 
-  measure: Callable[..., Array]  # f32[B, ...] twice -> f32[B]
+  measure: Callable[..., Array]  # (a f32[B, ...], b f32[B, ...]) -> f32[B]
   degree: int  # 2: twice differentiable at a = b; 1: a norm of a - b
-  perceptual: bool = False  # whether `measure` takes a network's parameters first
+  perceptual: bool = False  # True: `measure` takes a network's parameters before a, b
 
   def __call__(self, a: Array, b: Array) -> Array:
-    """f32[B, ...] twice -> f32[B]."""
+    """a, b f32[B, ...] -> f32[B]."""
     return self.measure(a, b)
 
-  def given(self, perceptual: Params) -> 'Distance':
-    """The same with the parameters of its network, if it has one.
+  def bind(self, perceptual: Params) -> 'Distance':
+    """This distance with the parameters of its network, if it has a network.
 
-    Raises: ValueError if it has one and there are none.
+    Raises: ValueError if it has a network and `perceptual` is None.
     """
     if not self.perceptual:
       return self
     if perceptual is None:
       raise ValueError(
-        'this distance needs the weights of a perceptual network; give '
-        "config.perceptual, such as dict(fn='cmjax.port.vision:load_lpips', ...)"
+        'a perceptual distance needs the parameters of its network, and '
+        'Nets.perceptual is None'
       )
     return Distance(functools.partial(self.measure, perceptual), self.degree)
 
 
 def squared_l2() -> Distance:
-  """d(a, b) = |a - b|^2: f32[B, ...] twice -> f32[B].
+  """d(a, b) = |a - b|^2, for a, b f32[B, ...].
 
-  Differs: Song et al. 2023 print the sum; their code takes the mean over features.
+  Differs: the sum over features, as Song et al. 2023 print; their code takes the mean.
   """
   return Distance(lambda a, b: sum_features((a - b) ** 2), degree=2)
 
 
 def l1() -> Distance:
-  """d(a, b) = |a - b|_1: f32[B, ...] twice -> f32[B]; zero gradient where a = b."""
+  """d(a, b) = |a - b|_1, for a, b f32[B, ...]; the gradient is zero where a = b."""
 
   def measure(a, b):
     d = a - b
@@ -61,11 +56,11 @@ def l1() -> Distance:
 
 
 def pseudo_huber(*, c: float = 0.0) -> Distance:
-  """d(a, b) = sqrt(|a - b|^2 + c^2) - c: f32[B, ...] twice -> f32[B].
+  """d(a, b) = sqrt(|a - b|^2 + c^2) - c, for a, b f32[B, ...].
 
-  c = 0 is the unsquared l2 norm of ECT; its gradient at a = b is zero, not NaN.
+  With c = 0 it is the l2 norm, as in ECT; its gradient at a = b is zero, not NaN.
 
-  Raises: ValueError if c is negative.
+  Raises: ValueError unless c >= 0.
 
   Source: Song & Dhariwal 2023 (iCT), where c = 0.00054 sqrt(features).
   """
@@ -81,12 +76,12 @@ def pseudo_huber(*, c: float = 0.0) -> Distance:
 
 
 def limit_cotangent(distance: Distance, y: Array, defect: Array) -> Array:
-  """The gradient of the distance for an infinitely small defect, per its length.
+  """The leading term of the distance's gradient for a vanishing defect, f32[B, ...].
 
   For a distance of degree 2 it is G(y) defect, where G is the matrix of second
   derivatives of d(., y) at y: one Hessian-vector product. For a norm it is the norm's
-  gradient at the defect, bounded however small that is: for l2 the unit vector, which
-  is how ECT's metric becomes sCM's tangent normalisation. All f32[B, ...].
+  gradient at the defect, which does not vanish with the defect: for l2 the unit vector,
+  the tangent normalisation of sCM. y and defect f32[B, ...].
 
   Source: Song et al. 2023, theorems 5 and 6 (G); norms: cmjax.
   """
@@ -97,43 +92,3 @@ def limit_cotangent(distance: Distance, y: Array, defect: Array) -> Array:
   if distance.degree == 2:
     return jax.jvp(lambda a: gradient(a, y), (y,), (defect,))[1]
   return gradient(defect, jnp.zeros_like(defect))
-
-
-def uniform() -> Weighting:
-  """w(t, r) = 1. Source: Song et al. 2023, section 4."""
-  return lambda t, r: jnp.ones_like(t)
-
-
-def inverse_gap() -> Weighting:
-  """w(t, r) = 1 / (t - r), for r < t.
-
-  Source: Song & Dhariwal 2023 (iCT); locuslab/ect `loss.py`.
-  Differs: zero where r = t, where the loss is zero whatever the weight.
-  """
-
-  def weighting(t, r):
-    gap = t - r
-    return jnp.where(gap > 0, 1.0 / jnp.where(gap > 0, gap, 1.0), 0.0)
-
-  return weighting
-
-
-def edm_weighting(*, sigma_data: float = 0.5) -> Weighting:
-  """w(t, r) = 1 / t^2 + 1 / sigma_data^2: the EDM weight, independent of r.
-
-  Raises: ValueError unless sigma_data > 0.
-
-  Source: Karras et al. 2022 (EDM), table 1.
-  """
-  checks.positive(sigma_data=sigma_data)
-  return lambda t, r: 1.0 / t**2 + 1.0 / sigma_data**2
-
-
-def truncated_snr() -> Weighting:
-  """w(t, r) = max(1 / t^2, 1). Source: Salimans & Ho 2022, section 4."""
-  return lambda t, r: jnp.maximum(1.0 / t**2, 1.0)
-
-
-def inverse_time() -> Weighting:
-  """w(t, r) = 1 / t: with it Theorem 6 is MeanFlow's gradient at r = 0."""
-  return lambda t, r: 1.0 / t

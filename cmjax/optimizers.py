@@ -1,4 +1,4 @@
-"""Optimisers that optax does not have, as optax transformations."""
+"""Optimisers that are missing in optax, as optax gradient transformations."""
 
 import jax
 import jax.numpy as jnp
@@ -8,25 +8,26 @@ import optax
 def unit_weights(
   *, optimizer: optax.GradientTransformation
 ) -> optax.GradientTransformation:
-  """`optimizer`, and after each update every weight back at unit magnitude.
+  """`optimizer` with EDM2's forced weight normalisation after each update.
 
-  For `networks.edm2`: a parameter is a weight if it is called `weight`; each of its
-  output channels, on the last axis, is divided by its root mean square.
+  Every parameter named `weight` is divided by its root mean square per output channel,
+  the last axis.
 
-  Source: Karras et al. 2024 (EDM2), eq. (66), forced weight normalisation.
-  Differs: after the update, not before the next evaluation, so that a network is a pure
-    function; the first weights are normalised by the first update.
+  Source: Karras et al. 2024 (EDM2), eq. (66).
+  Differs: EDM2 normalises in the forward pass of training; here it follows the update,
+    so that networks are pure functions. Initial weights are normalised by the first
+    update.
   """
 
   def update(updates, state, params=None):
     if params is None:
-      raise ValueError('unit_weights needs the parameters: tx.update(..., params)')
+      raise ValueError('unit_weights needs params: call update(updates, state, params)')
     updates, state = optimizer.update(updates, state, params)
 
-    def back(path, p, u):
+    def normalise(path, p, u):
       return _unit(p + u) - p if path[-1].key == 'weight' else u
 
-    return jax.tree.map_with_path(back, params, updates), state
+    return jax.tree.map_with_path(normalise, params, updates), state
 
   return optax.GradientTransformation(optimizer.init, update)
 

@@ -1,7 +1,8 @@
-"""Data whose denoiser, score and consistency map are known in closed form (VE process).
+"""Data distributions with exact denoiser, score and consistency function.
 
-An oracle is a mixture of isotropic Gaussians; one component, or components without
-width, are its special cases. All work in the dtype of `x`, float64 included.
+An oracle is a mixture of isotropic Gaussians; a single Gaussian and a finite set of
+points are special cases. The process is variance exploding (VE), x = x0 + sigma z.
+Results have the dtype of `x`, float64 included.
 """
 
 from typing import NamedTuple
@@ -10,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cmjax import fields, process, solvers
+from cmjax import fields, solvers
 from cmjax.core import Array, Field, Key, expand
+from cmjax.process import VE, score_of
 
 
 class Mixture(NamedTuple):
@@ -19,7 +21,7 @@ class Mixture(NamedTuple):
 
   weights: np.ndarray  # f[K], sums to 1
   means: np.ndarray  # f[K, D]
-  stds: np.ndarray  # f[K]; zero makes the component a point
+  stds: np.ndarray  # f[K] >= 0; zero for a point
 
 
 def gaussian(mean: np.ndarray, std: float) -> Mixture:
@@ -28,13 +30,13 @@ def gaussian(mean: np.ndarray, std: float) -> Mixture:
 
 
 def points(data: np.ndarray) -> Mixture:
-  """The empirical distribution of data f[N, D]: what a diffusion model memorises."""
+  """The empirical distribution of data f[N, D]."""
   n = len(data)
   return Mixture(np.full(n, 1 / n), np.asarray(data), np.zeros(n))
 
 
 def ring(modes: int = 6, radius: float = 0.7, std: float = 0.08) -> Mixture:
-  """Equal Gaussians on a circle, standard deviation 0.5 by default (cmjax choice)."""
+  """Equally weighted Gaussians on a circle; by default each axis has deviation 0.5."""
   angle = 2 * np.pi * np.arange(modes) / modes
   means = radius * np.stack([np.cos(angle), np.sin(angle)], axis=1)
   return Mixture(np.full(modes, 1 / modes), means, np.full(modes, std))
@@ -42,22 +44,22 @@ def ring(modes: int = 6, radius: float = 0.7, std: float = 0.08) -> Mixture:
 
 def sample(oracle: Mixture, key: Key, n: int) -> Array:
   """Independent samples f[n, D]."""
-  which, noise = jax.random.split(key)
+  component_key, noise_key = jax.random.split(key)
   component = jax.random.choice(
-    which, len(oracle.weights), (n,), p=jnp.asarray(oracle.weights)
+    component_key, len(oracle.weights), (n,), p=jnp.asarray(oracle.weights)
   )
   means, stds = jnp.asarray(oracle.means), jnp.asarray(oracle.stds)
-  z = jax.random.normal(noise, (n, means.shape[1]), means.dtype)
+  z = jax.random.normal(noise_key, (n, means.shape[1]), means.dtype)
   return means[component] + stds[component, None] * z
 
 
-def denoiser(oracle: Mixture, x: Array, t: Array) -> Array:
-  """E[x0 | x_t = x]: x f[B, D] at t f[B] > 0 -> f[B, D].
+def denoiser(oracle: Mixture, x: Array, sigma: Array) -> Array:
+  """E[x0 | x]: x f[B, D] at noise levels sigma f[B] > 0 -> f[B, D].
 
-  Source: the posterior of a Gaussian mixture; for one component EDM's Wiener filter.
+  Source: the posterior mean of a Gaussian mixture.
   """
   weights, means, stds = (jnp.asarray(v, x.dtype) for v in oracle)
-  variance = stds[None, :] ** 2 + t[:, None] ** 2  # f[B, K]
+  variance = stds[None, :] ** 2 + sigma[:, None] ** 2  # f[B, K]
   offset = x[:, None, :] - means[None]  # f[B, K, D]
   log_density = (
     jnp.log(weights)[None, :]
@@ -70,40 +72,44 @@ def denoiser(oracle: Mixture, x: Array, t: Array) -> Array:
 
 
 def field(oracle: Mixture) -> Field:
-  """dx/dt of the exact probability-flow ODE."""
-  return fields.probability_flow(process.VE, lambda x, t: denoiser(oracle, x, t))
+  """dx/dsigma of the exact probability-flow ODE."""
+  return fields.probability_flow(VE, lambda x, sigma: denoiser(oracle, x, sigma))
 
 
-def score(oracle: Mixture, x: Array, t: Array) -> Array:
-  """The gradient of log p_t at x f[B, D], t f[B] > 0 -> f[B, D]."""
-  return process.score_of(process.VE, x, denoiser(oracle, x, t), t)
+def score(oracle: Mixture, x: Array, sigma: Array) -> Array:
+  """The gradient of log p(x; sigma): x f[B, D], sigma f[B] > 0 -> f[B, D]."""
+  return score_of(VE, x, denoiser(oracle, x, sigma), sigma)
 
 
 def consistency(
-  oracle: Mixture, x: Array, t: Array, s: float = 0.002, steps: int = 1024
+  oracle: Mixture,
+  x: Array,
+  sigma: Array,
+  sigma_end: Array | float = 0.002,
+  num_steps: int = 1024,
 ) -> Array:
-  """The exact consistency map: x f[B, D] at t f[B] -> the same path at s f[B, D].
+  """The exact consistency function: x f[B, D] at sigma f[B] -> f[B, D] at sigma_end.
 
-  In closed form for one Gaussian; else by classical Runge-Kutta in ln t, whose error
-  falls as steps^-4 (1e-10 for 512 steps from t = 10, widths near 0.3, float64).
-  Differentiable in x and t, as continuous-time objectives need.
+  In closed form for a single Gaussian; otherwise by the classical Runge-Kutta method in
+  ln sigma, with an error proportional to num_steps^-4 (1e-10 for 512 steps from
+  sigma = 10, stds near 0.3, float64). Differentiable in x and sigma.
 
-  Source: Song et al. 2023, section 3; the Gaussian's map by separation of variables.
+  Source: Song et al. 2023, section 3; for a Gaussian by separation of variables.
   """
   if len(oracle.weights) == 1:
     mean, std = (jnp.asarray(v[0], x.dtype) for v in (oracle.means, oracle.stds))
-    shrink = jnp.sqrt((std**2 + s**2) / (std**2 + t**2))
+    shrink = jnp.sqrt((std**2 + sigma_end**2) / (std**2 + sigma**2))
     return mean[None] + expand(shrink, x) * (x - mean[None])
 
   flow = field(oracle)
-  stretch = jnp.log(s / t) / steps  # f[B], one step of ln t
+  length = jnp.log(sigma_end / sigma) / num_steps  # f[B], of one step in ln sigma
 
-  def slope(x, log_t):
-    t = jnp.exp(log_t)
-    return expand(t, x) * flow(x, t)
+  def slope(x, log_sigma):
+    sigma = jnp.exp(log_sigma)
+    return expand(sigma, x) * flow(x, sigma)
 
   def step(i, x):
-    log_t = jnp.log(t) + i * stretch
-    return solvers.runge_kutta4(slope, x, log_t, log_t + stretch)
+    log_sigma = jnp.log(sigma) + i * length
+    return solvers.runge_kutta4(slope, x, log_sigma, log_sigma + length)
 
-  return jax.lax.fori_loop(0, steps, step, x)
+  return jax.lax.fori_loop(0, num_steps, step, x)

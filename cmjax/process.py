@@ -11,9 +11,10 @@ from cmjax.core import Array, expand
 
 
 class Process(NamedTuple):
-  """A Gaussian process: two coefficients, and the time of a noise level.
+  """A Gaussian process: its two coefficients, and the time of a noise-to-signal ratio.
 
-  All are f32[B] -> f32[B]; `time_of` inverts t -> sigma(t) / alpha(t).
+  All are f32[B] -> f32[B]. `time_of` inverts t -> sigma(t) / alpha(t), the noise level
+  sigma of the VE process with the same signal-to-noise ratio.
   """
 
   alpha: Callable[[Array], Array]
@@ -22,13 +23,13 @@ class Process(NamedTuple):
 
 
 # Variance exploding, x_t = x0 + t z: EDM (Karras et al. 2022), sigma(t) = t, s(t) = 1.
-VE = Process(alpha=jnp.ones_like, sigma=lambda t: t, time_of=lambda level: level)
+VE = Process(alpha=jnp.ones_like, sigma=lambda t: t, time_of=lambda sigma: sigma)
 
 # Flow matching, x_t = (1 - t) x0 + t z, t in [0, 1] (Lipman et al. 2023).
 LINEAR = Process(
   alpha=lambda t: 1.0 - t,
   sigma=lambda t: t,
-  time_of=lambda level: level / (1.0 + level),
+  time_of=lambda sigma: sigma / (1.0 + sigma),
 )
 
 
@@ -37,41 +38,43 @@ def trigflow(sigma_data: float = 0.5) -> Process:
 
   Raises: ValueError unless sigma_data > 0.
 
-  Source: Lu & Song 2024 (sCM), section 3.1, whose z has deviation sigma_data.
+  Source: Lu & Song 2024 (sCM), section 3.1, whose z has standard deviation
+    sigma_data.
   """
   checks.positive(sigma_data=sigma_data)
   return Process(
     alpha=jnp.cos,
     sigma=lambda t: sigma_data * jnp.sin(t),
-    time_of=lambda level: jnp.arctan(level / sigma_data),
+    time_of=lambda sigma: jnp.arctan(sigma / sigma_data),
   )
 
 
-def point(process: Process, x0: Array, z: Array, t: Array) -> Array:
-  """x_t f32[B, ...] from data and noise f32[B, ...] at times f32[B]."""
+def perturb(process: Process, x0: Array, z: Array, t: Array) -> Array:
+  """x_t f32[B, ...] from data and noise f32[B, ...] at times t f32[B]."""
   return expand(process.alpha(t), x0) * x0 + expand(process.sigma(t), z) * z
 
 
-def rate(process: Process, x0: Array, z: Array, t: Array) -> Array:
+def conditional_velocity(process: Process, x0: Array, z: Array, t: Array) -> Array:
   """dx_t/dt f32[B, ...] at fixed data and noise: exact, by `jax.jvp`."""
-  return jax.jvp(lambda t: point(process, x0, z, t), (t,), (jnp.ones_like(t),))[1]
+  return jax.jvp(lambda t: perturb(process, x0, z, t), (t,), (jnp.ones_like(t),))[1]
 
 
-def change_clock(
+def change_process(
   source: Process, to: Process, x: Array, t: Array
 ) -> tuple[Array, Array]:
-  """The same data and noise on another process, at the same signal-to-noise ratio.
+  """x_t of one process -> x_t' of another, at the same signal-to-noise ratio.
 
-  x f32[B, ...] at t f32[B] of `source` -> x' and t' of `to`; alpha(t) must not be zero.
+  x f32[B, ...] at t f32[B] of `source` -> x' and t' of `to`, with the same data and
+  noise; alpha(t) must not be zero.
 
   Source: Karras et al. 2022 (EDM), section 2; Kingma et al. 2021 (VDM), section 5.1.
   """
-  there = to.time_of(source.sigma(t) / source.alpha(t))
-  return expand(to.alpha(there) / source.alpha(t), x) * x, there
+  new_t = to.time_of(source.sigma(t) / source.alpha(t))
+  return expand(to.alpha(new_t) / source.alpha(t), x) * x, new_t
 
 
 def noise_of(process: Process, x_t: Array, x0: Array, t: Array) -> Array:
-  """The z that carries x0 to x_t, both f32[B, ...]; sigma(t) must not be zero."""
+  """z f32[B, ...] from x_t and x0, both f32[B, ...]; sigma(t) must not be zero."""
   alpha, sigma = expand(process.alpha(t), x0), expand(process.sigma(t), x0)
   return (x_t - alpha * x0) / sigma
 
@@ -84,12 +87,12 @@ def score_of(process: Process, x_t: Array, x0: Array, t: Array) -> Array:
   return -noise_of(process, x_t, x0, t) / expand(process.sigma(t), x0)
 
 
-def velocity(process: Process, x_t: Array, x0: Array, t: Array) -> Array:
+def marginal_velocity(process: Process, x_t: Array, x0: Array, t: Array) -> Array:
   """dx/dt f32[B, ...] of the probability-flow ODE from the posterior mean x0.
 
   For VE it is (x_t - x0) / t: Karras et al. 2022 (EDM), eqs. (1) and (3).
   """
-  return rate(process, x0, noise_of(process, x_t, x0, t), t)
+  return conditional_velocity(process, x0, noise_of(process, x_t, x0, t), t)
 
 
 def data_of_noise(process: Process, x_t: Array, z: Array, t: Array) -> Array:
@@ -108,11 +111,11 @@ def data_of_score(process: Process, x_t: Array, score: Array, t: Array) -> Array
 def data_of_velocity(process: Process, x_t: Array, v: Array, t: Array) -> Array:
   """E[x0 | x_t] from dx/dt of the ODE, all f32[B, ...].
 
-  x_t and v are two linear equations in x0 and z; they are independent at every t of the
-  three processes here, the ends included.
+  x_t and v are two linear equations in x0 and z, which are independent at every t of
+  the VE, TrigFlow and linear processes, end points included.
   """
   ones = jnp.ones_like(t)
-  alpha, alpha_rate = jax.jvp(process.alpha, (t,), (ones,))
-  sigma, sigma_rate = jax.jvp(process.sigma, (t,), (ones,))
-  determinant = alpha * sigma_rate - alpha_rate * sigma
-  return expand(sigma_rate / determinant, v) * x_t - expand(sigma / determinant, v) * v
+  alpha, d_alpha = jax.jvp(process.alpha, (t,), (ones,))
+  sigma, d_sigma = jax.jvp(process.sigma, (t,), (ones,))
+  determinant = alpha * d_sigma - d_alpha * sigma
+  return expand(d_sigma / determinant, v) * x_t - expand(sigma / determinant, v) * v

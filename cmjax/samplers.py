@@ -1,6 +1,7 @@
-"""From noise to data: samplers are pure functions of (f, params, keys, cond, shape).
+"""Samplers: pure functions of a model, its parameters, random keys and labels.
 
-Each sample has its own key, so that a sample does not depend on the batch it is in.
+Models are on the VE process, and all times are noise levels sigma. Every sample has its
+own random key, so that it does not depend on the rest of the batch.
 """
 
 from collections.abc import Sequence
@@ -18,14 +19,14 @@ from cmjax.times import check_edges, karras
 
 
 class Samples(NamedTuple):
-  """What a sampler made, and how many network evaluations a sample took."""
+  """Samples, and their cost."""
 
-  x: Array  # f32[B, ...]
-  evaluations: int
+  x: Array  # f32[B, ...], not clipped
+  evaluations: int  # of the network, per sample
 
 
 class Sampler(Protocol):
-  """A way from noise to data."""
+  """Draws samples of a model."""
 
   def __call__(
     self,
@@ -34,21 +35,25 @@ class Sampler(Protocol):
     keys: Key,
     cond: Array | None,
     shape: tuple[int, ...],
+    /,
   ) -> Samples:
-    """Keys key[B], cond f32[B, K], shape of one sample -> B samples, not clipped."""
+    """B samples of the given shape from keys key[B] and one-hot labels f32[B, K]."""
+    ...
 
 
 def _normal(keys: Key, index: int, shape: tuple[int, ...]) -> Array:
   """Standard normals f32[B, *shape], the `index`-th draw of each sample's key."""
-  return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, index), shape))(
-    keys
-  )
+
+  def one(key):
+    return jax.random.normal(jax.random.fold_in(key, index), shape)
+
+  return jax.vmap(one)(keys)
 
 
 def _prior(
   sigma: float, keys: Key, cond: Array | None, shape: tuple[int, ...]
 ) -> Array:
-  """What every sampler starts from: sigma z, f32[B, *shape], once cond is checked."""
+  """Checks `cond` and draws the initial noise sigma z, f32[B, *shape]."""
   if cond is not None:
     one_hot = jnp.ndim(cond) == 2 and jnp.issubdtype(cond.dtype, jnp.floating)
     if not one_hot or len(cond) != len(keys):
@@ -59,78 +64,83 @@ def _prior(
   return sigma * _normal(keys, 0, shape)
 
 
-def _check_descending(where: str, times: Sequence[float], above: float) -> None:
-  for time in times:
-    checks.finite(times=time)
-  if not times or list(times) != sorted(set(times), reverse=True):
-    raise ValueError(f'{where}: times must descend, and be at least one, got {times}')
-  if times[-1] <= above:
-    raise ValueError(f'{where}: times end at {times[-1]}, not above {above}')
+def _check_descending(sigmas: Sequence[float], above: float) -> None:
+  for sigma in sigmas:
+    checks.finite(sigmas=sigma)
+  if not sigmas:
+    raise ValueError('sigmas must not be empty')
+  if list(sigmas) != sorted(set(sigmas), reverse=True):
+    raise ValueError(f'sigmas must descend, got {tuple(sigmas)}')
+  if sigmas[-1] <= above:
+    raise ValueError(f'sigmas must be above {above}, got {tuple(sigmas)}')
 
 
-def multistep(*, times: Sequence[float], sigma_min: float = 0.0) -> Sampler:
-  """Alternates f with fresh noise: f at times[0], noise to times[1], f, and so on.
+def multistep(*, sigmas: Sequence[float], sigma_min: float = 0.0) -> Sampler:
+  """Multistep consistency sampling: f at sigmas[0], noise of sigmas[1], f, and so on.
 
-  `times` are noise levels, descending, not indices; one evaluation each. Noise is added
-  with standard deviation sqrt(t^2 - sigma_min^2).
+  `sigmas` are descending noise levels, with one evaluation each. The noise has standard
+  deviation sqrt(sigma^2 - sigma_min^2).
 
-  Raises: ValueError if times are empty, do not descend, or end below sigma_min, or for
-    a negative sigma_min.
+  Raises: ValueError if sigmas are empty, do not descend or are not all above sigma_min,
+    or if sigma_min < 0.
 
-  Source: Song et al. 2023, algorithm 1; with sigma_min = 0 as locuslab/ect samples.
+  Source: Song et al. 2023, algorithm 1; locuslab/ect for sigma_min = 0.
   """
   checks.not_negative(sigma_min=sigma_min)
-  _check_descending('multistep', times, sigma_min)
+  _check_descending(sigmas, sigma_min)
 
   def sampler(f, params, keys, cond, shape):
-    x = _prior(times[0], keys, cond, shape)
-    for i, t in enumerate(times):
+    x = _prior(sigmas[0], keys, cond, shape)
+    for i, sigma in enumerate(sigmas):
       if i > 0:
-        x += (t**2 - sigma_min**2) ** 0.5 * _normal(keys, i, shape)
-      x = f(params, x, jnp.full(len(x), t, x.dtype), cond, key=None)
-    return Samples(x, evaluations=len(times))
+        x += (sigma**2 - sigma_min**2) ** 0.5 * _normal(keys, i, shape)
+      x = f(params, x, jnp.full(len(x), sigma, x.dtype), cond, key=None)
+    return Samples(x, evaluations=len(sigmas))
 
   return sampler
 
 
 def one_step(*, sigma_max: float = 80.0) -> Sampler:
-  """f(sigma_max z, sigma_max): one evaluation. Source: Song et al. 2023, section 3.
+  """One-step sampling: f(sigma_max z, sigma_max), one evaluation.
 
   Raises: ValueError unless sigma_max > 0.
+
+  Source: Song et al. 2023, section 3.
   """
   checks.positive(sigma_max=sigma_max)
-  return multistep(times=(sigma_max,))
+  return multistep(sigmas=(sigma_max,))
 
 
 def ode(
   *,
-  steps: int = 18,
+  num_steps: int = 18,
   solver: str = 'heun',
   sigma_min: float = 0.002,
   sigma_max: float = 80.0,
   rho: float = 7.0,
 ) -> Sampler:
-  """Follows the model's own ODE over a Karras grid, then from sigma_min to 0 by Euler.
+  """Solves the model's probability-flow ODE from sigma_max to 0.
 
-  `solver` is 'heun' (2 steps - 1 evaluations: 35 for 18) or 'euler' (as many as steps).
+  Steps are on a Karras grid of num_steps points, the last to 0 by Euler. `solver` is
+  'heun' (2 num_steps - 1 evaluations) or 'euler' (num_steps evaluations).
 
-  Raises: ValueError for another solver, fewer than 2 steps or more than 100,000, or
-    unless 0 < sigma_min < sigma_max and rho > 0.
+  Raises: ValueError for any other solver, or unless 2 <= num_steps <= 100,000,
+    0 < sigma_min < sigma_max and rho > 0.
 
   Source: Karras et al. 2022 (EDM), algorithm 1.
   Differs: the state is float32; NVlabs/edm keeps float64.
   """
-  checks.whole(2, 100_000, steps=steps)
+  checks.whole(2, 100_000, num_steps=num_steps)
   advance = solvers.by_name(solver)
-  grid = karras(steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
-  evaluations = steps + (steps - 1 if solver == 'heun' else 0)
+  grid = karras(num_steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
+  evaluations = num_steps + (num_steps - 1 if solver == 'heun' else 0)
 
   def sampler(f, params, keys, cond, shape):
-    flow = probability_flow(VE, lambda x, t: f(params, x, t, cond, key=None))
+    flow = probability_flow(VE, lambda x, sigma: f(params, x, sigma, cond, key=None))
 
     def step(x, pair):
-      t, r = (jnp.full(len(x), level) for level in pair)
-      return advance(flow, x, t, r), None
+      sigma, next_sigma = (jnp.full(len(x), s) for s in pair)
+      return advance(flow, x, sigma, next_sigma), None
 
     x = _prior(sigma_max, keys, cond, shape)
     x, _ = jax.lax.scan(step, x, (grid[:-1], grid[1:]))
@@ -143,14 +153,13 @@ def ode(
 def phased(
   *, edges: Sequence[float], sigma_max: float = 80.0, skip: float = 1.0
 ) -> Sampler:
-  """Deterministic: from edge to edge, one evaluation each, then to zero.
+  """Deterministic sampling of a phased model: one evaluation per segment between edges.
 
-  Each step jumps to `skip` times the next edge below; a skip a little under 1 lands
-  past the edge, where the target of training does not jump. Without edges it is
-  `one_step`.
+  From sigma_max, each step moves to `skip` times the next lower edge, and the last step
+  to 0. A skip slightly below 1 lands inside the next segment; at the edge itself the
+  training target is discontinuous. Without edges this is `one_step`.
 
-  Raises: ValueError for edges that do not ascend between zero and sigma_max, or a skip
-    outside (0, 1].
+  Raises: ValueError unless the edges ascend between 0 and sigma_max and 0 < skip <= 1.
 
   Source: Wang et al. 2024 (Stable Consistency Tuning), sections 4.3 and 4.4.
   """
@@ -160,36 +169,40 @@ def phased(
     raise ValueError(f'edges must be below {sigma_max=}, got {tuple(edges)}')
   if not 0 < skip <= 1:
     raise ValueError(f'skip must be in (0, 1], got {skip}')
-  levels = [0.0, *edges, sigma_max]
+  lower_edges = [*reversed(edges), 0.0]
 
   def sampler(f, params, keys, cond, shape):
-    x, t = _prior(sigma_max, keys, cond, shape), sigma_max
-    for edge in reversed(levels[:-1]):
-      s = skip * edge
-      denoised = f(params, x, jnp.full(len(x), t, x.dtype), cond, key=None)
-      x, t = denoised + s / t * (x - denoised), s
-    return Samples(x, evaluations=len(levels) - 1)
+    x, sigma = _prior(sigma_max, keys, cond, shape), sigma_max
+    for edge in lower_edges:
+      next_sigma = skip * edge
+      denoised = f(params, x, jnp.full(len(x), sigma, x.dtype), cond, key=None)
+      x, sigma = denoised + next_sigma / sigma * (x - denoised), next_sigma
+    return Samples(x, evaluations=len(lower_edges))
 
   return sampler
 
 
-def flow_map(*, times: Sequence[float] = (80.0,)) -> Sampler:
-  """Deterministic: a two-time model moves from noise level to noise level, then to 0.
+def flow_map(*, sigmas: Sequence[float] = (80.0,)) -> Sampler:
+  """Deterministic sampling of a two-time model: from one sigma to the next, then to 0.
 
-  Raises: ValueError if times are empty or do not descend above zero, or for a model of
-    one time.
+  `sigmas` are descending noise levels, with one evaluation each.
+
+  Raises: ValueError if sigmas are empty, do not descend or are not positive, or if the
+    model is not a `precond.two_time`.
 
   Source: Geng et al. 2025 (MeanFlow), algorithm 2.
   """
-  _check_descending('flow_map', times, 0.0)
+  _check_descending(sigmas, 0.0)
 
   def sampler(f, params, keys, cond, shape):
     if not isinstance(f, TwoTime):
-      raise ValueError('flow_map needs config.precond.fn=cmjax.precond:two_time')
-    x = _prior(times[0], keys, cond, shape)
-    for t, s in zip(times, (*times[1:], 0.0)):
-      t, s = (jnp.full(len(x), level, x.dtype) for level in (t, s))
-      x = f.move(params, x, t, s, cond)
-    return Samples(x, evaluations=len(times))
+      raise ValueError(
+        f'samplers.flow_map needs a model of precond.two_time, got {type(f).__name__}'
+      )
+    x = _prior(sigmas[0], keys, cond, shape)
+    for pair in zip(sigmas, (*sigmas[1:], 0.0)):
+      sigma, sigma_end = (jnp.full(len(x), s, x.dtype) for s in pair)
+      x = f.move(params, x, sigma, sigma_end, cond)
+    return Samples(x, evaluations=len(sigmas))
 
   return sampler

@@ -1,25 +1,25 @@
-"""One step of an ODE solver along a field, from t to r: both f32[B], r < t."""
+"""One step of an ODE solver along a field, from t to r < t, both f32[B]."""
 
 from cmjax.core import Array, Field, Solver, expand
 
 
 def euler(field: Field, x: Array, t: Array, r: Array) -> Array:
-  """First order, one evaluation; also DDIM for the VE process. x f32[B, ...]."""
+  """Euler's method: one evaluation. x f32[B, ...]. On the VE process it is DDIM."""
   return x + expand(r - t, x) * field(x, t)
 
 
 def heun(field: Field, x: Array, t: Array, r: Array) -> Array:
-  """Second order, two evaluations; the field must exist at r. x f32[B, ...].
+  """Heun's method, second order: two evaluations, at t and r. x f32[B, ...].
 
   Source: Karras et al. 2022 (EDM), algorithm 1.
   """
   slope = field(x, t)
-  ahead = x + expand(r - t, x) * slope
-  return x + expand(r - t, x) * (slope + field(ahead, r)) / 2
+  x_r = x + expand(r - t, x) * slope
+  return x + expand(r - t, x) * (slope + field(x_r, r)) / 2
 
 
 def runge_kutta4(field: Field, x: Array, t: Array, r: Array) -> Array:
-  """Fourth order, four evaluations; the classical method. x f32[B, ...]."""
+  """The classical Runge-Kutta method, fourth order: four evaluations. x f32[B, ...]."""
   step = expand(r - t, x)
   middle = (t + r) / 2
   k1 = field(x, t)
@@ -30,7 +30,7 @@ def runge_kutta4(field: Field, x: Array, t: Array, r: Array) -> Array:
 
 
 def by_name(name: str) -> Solver:
-  """The solver of a config: 'euler' or 'heun'. Raises: ValueError for another."""
+  """`euler` or `heun` by name. Raises: ValueError for any other name."""
   solvers = {'euler': euler, 'heun': heun}
   if name not in solvers:
     raise ValueError(f"solver must be 'euler' or 'heun', got {name!r}")

@@ -2,7 +2,7 @@
 
 Command:   cmjax --config=cd:digits --workdir=runs/cd
              --config.teacher=runs/edm
-Hardware:  toy2d, digits: two CPU cores, two minutes; cifar10: never run here
+Hardware:  toy2d, digits: two CPU cores, two minutes; cifar10: not run
 Source:    Song et al. 2023, algorithm 2 and table 3: N = 18, RAdam 4e-4, batch 512,
            EMA 0.9999, mu = 0; toy2d, digits: optimiser, EMA, metric, weighting and
            length are cmjax choices
@@ -26,7 +26,7 @@ def get_config(data='digits'):
     c.ema = dict(slow=parts.constant(0.9999))
     distance, weighting = parts.squared_l2(), parts.weighting('uniform')
   c.objective = dict(
-    fn='cmjax.objectives.discrete:cd',
+    fn='cmjax.objectives.consistency:cd',
     pairs=parts.karras_pairs(parts.constant(18.0)),
     distance=distance,
     weighting=weighting,

@@ -2,11 +2,11 @@
 
 Command:   cmjax --config=continuous_ct:digits --workdir=runs/continuous_ct
              --config.init_from=runs/edm
-Hardware:  toy2d, digits: two CPU cores, two minutes; cifar10: never run here
+Hardware:  toy2d, digits: two CPU cores, two minutes; cifar10: not run
 Source:    Song et al. 2023, theorem 6, with lambda = (tau^-1)'; cifar10: batch
            512, RAdam 5e-6, dropout 0.3, EMA 0.9999 (released launch script); toy2d,
            digits: optimiser, EMA and length are cmjax choices
-Expected:  cifar10: the "l2" curve of their figure 7 (a number is not printed)
+Expected:  cifar10: the "l2" curve of their figure 7 (no number is given)
 Measured:  toy2d: error of the map 0.067; digits, of width 192:
            0.873 at one evaluation, 0.315 at two (means of three seeds)
 """

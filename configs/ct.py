@@ -1,7 +1,7 @@
 """Consistency training from data alone, with a target network and a growing grid.
 
 Command:   cmjax --config=ct:toy2d --workdir=runs/ct
-Hardware:  toy2d, digits: two CPU cores, two minutes; cifar10: never run here
+Hardware:  toy2d, digits: two CPU cores, two minutes; cifar10: not run
 Source:    Song et al. 2023, algorithm 3 and table 3: N(k) and mu(k) of appendix C up to
            150, RAdam 4e-4, batch 512, EMA 0.9999; toy2d, digits: N(k) up to 20, metric,
            weighting, optimiser, EMA and length are cmjax choices
@@ -30,16 +30,16 @@ def get_config(data='digits'):
     c.ema = dict(slow=parts.constant(0.998))
     curve = dict(start=2, end=20)
     distance, weighting = parts.pseudo_huber(0.03), parts.weighting('inverse_gap')
-  bins = dict(fn='cmjax.schedules:adaptive_bins', **curve)
+  num_scales = dict(fn='cmjax.schedules:adaptive_num_scales', **curve)
   c.objective = dict(
-    fn='cmjax.objectives.discrete:ct',
-    pairs=parts.karras_pairs(bins),
+    fn='cmjax.objectives.consistency:ct',
+    pairs=parts.karras_pairs(num_scales),
     distance=distance,
     weighting=weighting,
   )
-  c.target_rate = dict(
-    fn='cmjax.schedules:adaptive_target_rate',
-    start_rate=0.9,
+  c.target_decay = dict(
+    fn='cmjax.schedules:adaptive_decay',
+    start_decay=0.9,
     as_released=False,
     **curve,
   )

@@ -1,17 +1,17 @@
-"""Easy Consistency Tuning: from diffusion to consistency by shrinking r(t).
+"""Easy Consistency Tuning: from diffusion to consistency as t - r shrinks.
 
 Command:   cmjax --config=ect:digits --workdir=runs/ect
              --config.init_from=runs/edm
-Hardware:  digits: two CPU cores, about three minutes; toy2d one; cifar10: here 20 steps
-           of a narrow network on two CPU cores; imagenet64: never run, compiled for
-           TPUs (README.md, "Compile for a TPU without one")
+Hardware:  digits: two CPU cores, about three minutes; toy2d one; cifar10: 20 steps of a
+           narrow network on two CPU cores; imagenet64: not run, compiled for TPUs
+           (README.md, "Compile for a TPU without one")
 Source:    Geng et al. 2024 (ECT); cifar10: locuslab/ect `run_ecm.sh`, and cifar10_1h
            `run_ecm_1hour.sh`; toy2d, digits: smooth stages, optimiser and length are
            cmjax choices; imagenet64: branch imgnet, `run_imgnet_ecm.sh` and the presets
            of EDM2-S; imagenet64_xl: preset of EDM2-XL, 100k steps of 1024 (paper)
 Differs:   released networks sample with `--config.precond.sigma_min=0.003`; optax's
            RAdam adds eps after its bias correction, PyTorch's before; imagenet64: TFDS
-           resizes otherwise than EDM2's tool; imagenet64_xl: bfloat16, recomputed
+           does not resize as EDM2's tool does; imagenet64_xl: bfloat16, recomputed
            blocks and a sharded state are cmjax choices, to fit
 Expected:  digits: pixel Frechet distance <= 0.18 at one evaluation, <= 0.12 at two;
            label agreement >= 0.98; cifar10: FID 3.86 at one evaluation, 2.15 at two
@@ -31,29 +31,29 @@ def get_config(data='digits'):
   c.precond = parts.consistency_precond(0.0)
   if data == 'digits':
     c.total_images = 8_000 * c.batch_size
-  gap = dict(q=2.0, stage_images=c.total_images // 8, smooth=True)
+  gap = parts.relative_gap(q=2.0, stage_images=c.total_images // 8, smooth=True)
   if data not in ('toy2d', 'digits'):
     c.batch_size = 128
     c.network.dropout = 0.2
     c.total_images = 25_600_000
     c.optimizer = parts.radam(parts.constant(1e-4))
     c.ema = dict(slow=parts.constant(0.9999))
-    gap = dict(q=2.0, stage_images=3_200_000, smooth=False)
+    gap = parts.relative_gap(q=2.0, stage_images=3_200_000, smooth=False)
   if one_hour:
     c.total_images = 8_000 * c.batch_size
     c.ema = dict(slow=parts.constant(0.9993))
-    gap = dict(q=256.0, stage_images=128_000_000, smooth=False)
+    gap = parts.relative_gap(q=256.0, stage_images=128_000_000, smooth=False)
   c.objective = _objective(
     times=parts.lognormal(-1.1, 2.0),
-    gap=parts.shrinking_gap(**gap),
+    relative_gap=gap,
     distance=parts.pseudo_huber(0.0),
     weighting=parts.weighting('inverse_gap'),
   )
   return c
 
 
-def _objective(**own):
-  return dict(fn='cmjax.objectives.discrete:ect', k=8.0, b=1.0) | own
+def _objective(**keywords):
+  return dict(fn='cmjax.objectives.consistency:ect', k=8.0, b=1.0) | keywords
 
 
 # Channels, batch size, learning rate, dropout.
@@ -79,8 +79,10 @@ def _imagenet64(channels, batch_size, learning_rate, dropout):
   c.ema = dict(slow=parts.constant(0.9999))
   c.objective = _objective(
     times=parts.lognormal(-0.8, 1.6),
-    gap=parts.shrinking_gap(q=4.0, stage_images=25_000 * batch_size, smooth=False),
+    relative_gap=parts.relative_gap(
+      q=4.0, stage_images=25_000 * batch_size, smooth=False
+    ),
     distance=parts.pseudo_huber(0.06),
-    weighting=parts.weighting('edm_weighting'),
+    weighting=parts.weighting('edm'),
   )
   return c

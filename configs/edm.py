@@ -1,7 +1,7 @@
-"""EDM: the diffusion model that the others start from, distil or are compared with.
+"""EDM: the diffusion model that other models start from, distil or are compared with.
 
 Command:   cmjax --config=edm:digits --workdir=runs/edm
-Hardware:  toy2d, digits: two CPU cores, a minute; cifar10: never run here to the end
+Hardware:  toy2d, digits: two CPU cores, a minute; cifar10: not trained to the end
 Source:    objective, sampler and noise levels of Karras et al. 2022, table 1; cifar10:
            NVlabs/edm `train.py`; toy2d, digits: network, optimiser, length cmjax choice
 Differs:   cifar10: horizontal flips only, without the augmentation pipeline

@@ -1,7 +1,7 @@
 """Improved consistency training: from data alone.
 
 Command:   cmjax --config=ict:digits --workdir=runs/ict
-Hardware:  toy2d, digits: two CPU cores, two minutes; cifar10: never run here
+Hardware:  toy2d, digits: two CPU cores, two minutes; cifar10: not run
 Source:    Song & Dhariwal 2023 (iCT), tables 1 and 4: N(k) from 11 to 1281, RAdam 1e-4,
            batch 1024, EMA 0.99993, dropout 0.3; toy2d, digits: N(k) from 11 to 161,
            optimiser, EMA and length are cmjax choices
@@ -30,8 +30,8 @@ def get_config(data='digits'):
     c.ema = dict(slow=parts.constant(0.998))
     end, c_huber = 160, {'toy2d': 0.00076, 'digits': 0.00432}[data]
   c.objective = dict(
-    fn='cmjax.objectives.discrete:ict',
-    bins=dict(fn='cmjax.schedules:doubling_bins', start=10, end=end),
+    fn='cmjax.objectives.consistency:ict',
+    num_scales=dict(fn='cmjax.schedules:doubling_num_scales', start=10, end=end),
     c=c_huber,
     mean=-1.1,
     std=2.0,

@@ -1,24 +1,27 @@
-"""Parts that configs are made of: functions that return dicts."""
+"""The parts of configs: functions that return dicts."""
+
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from cmjax.core import UserError
 
 REQUIRED = '?'  # must be given: --config.KEY=VALUE
-
-
-# What every objective has a config for: --config=OBJECTIVE:DATA.
+# The data that every objective has a config for: --config=OBJECTIVE:DATA.
 DATA = ('toy2d', 'digits', 'cifar10')
 
 
-def on(data: str, **network) -> ConfigDict:
+Config = Any  # a ConfigDict: what its keys hold is not known to a type checker
+
+
+def on(data: str, **network) -> Config:
   """Data, network, samplers and metrics of toy2d, digits or cifar10.
 
-  `network` sets keywords of the network. Weights to sample from are those of an EMA
-  called `slow`, which the config gives.
+  `network` sets keywords of the network. Samples are drawn with the weights of the EMA
+  `slow`, which the config defines.
   """
   if data not in DATA:
-    raise UserError(f'no data {data!r}; there are {", ".join(DATA)}')
+    raise UserError(f'no data {data!r}; known: {", ".join(DATA)}')
   c = base()
   c.sample_weights = 'slow'
   c.samplers = dict(one_step=one_step(), two_steps=two_steps())
@@ -26,15 +29,17 @@ def on(data: str, **network) -> ConfigDict:
   c.every.picture_steps = 1_000
   if data == 'toy2d':
     c.batch_size = 256
-    c.data = dict(fn='cmjax.data:points', oracle=ring(), samples=50_000, seed=0)
+    c.data = dict(
+      fn='cmjax.data.points:points', oracle=ring(), num_samples=50_000, seed=0
+    )
     c.network = toy_network() | network
-    c.evaluation.pictured = 2_000
+    c.evaluation.num_pictured = 2_000
   elif data == 'digits':
     c.batch_size = 128
     c.data = digits()
     c.network = digits_network() | network
     c.metrics = digits_metrics()
-    c.evaluation.samples = 1797
+    c.evaluation.num_samples = 1797
   else:
     c.batch_size = 512
     c.data = cifar10(flip=False)
@@ -45,10 +50,11 @@ def on(data: str, **network) -> ConfigDict:
   return c
 
 
-def tuned(data: str, **network) -> ConfigDict:
-  """`on`, for a student that starts from a diffusion model and, off CIFAR-10, is short.
+def tuned(data: str, **network) -> Config:
+  """`on`, for a student that starts from a diffusion model.
 
-  RAdam falling to zero over 3,000 steps is a cmjax choice.
+  On toy2d and digits, RAdam with a learning rate falling to zero over 3,000 steps
+  (cmjax choice).
   """
   c = on(data, **network)
   c.init_from = REQUIRED
@@ -59,41 +65,42 @@ def tuned(data: str, **network) -> ConfigDict:
   return c
 
 
-def distilled(c: ConfigDict) -> ConfigDict:
-  """The config with a --config.teacher, from whose weights its student starts."""
+def distilled(c: Config) -> Config:
+  """The config with a teacher, from whose weights the student starts."""
   c.teacher = REQUIRED
-  c.init_from = c.get_ref('teacher') + ''  # follows it until it is given itself
+  c.init_from = c.get_ref('teacher') + ''  # follows the teacher unless it is given
   return c
 
 
-def base() -> ConfigDict:
+def base() -> Config:
   """Every key of the top level; a config fills in the parts."""
   return ConfigDict(
     dict(
       seed=0,  # of initial weights, data order and training noise
       batch_size=256,  # over all devices
-      accumulate=1,  # parts of a batch, one after another: less memory
+      accumulate=1,  # parts of a batch in sequence, to save memory
       total_images=0,  # length of the run; steps = total_images / batch_size
       grad_clip_norm=0.0,  # global norm; 0 is off
-      max_skipped_steps=100,  # steps that are not finite, in one start, before it stops
-      init_from='',  # work directory or checkpoint whose weights to start from
+      max_skipped_steps=100,  # steps with NaN or infinity before a run stops
+      init_from='',  # work directory or checkpoint to start from
       teacher='',  # the same, for objectives that distil a teacher
       sample_weights='online',  # or the name of an EMA
-      mesh=dict(fn='cmjax.sharding:mesh', fsdp=False, slices=1),  # fsdp splits state
+      # With fsdp, the state is sharded over the devices.
+      mesh=dict(fn='cmjax.runtime.sharding:mesh', fsdp=False, num_slices=1),
       data={},
       network={},
       precond={},
       objective={},
       optimizer={},
-      target_rate={},  # EMA rate of the target network; empty: stop-gradient of online
-      reference={},  # examples kept on the device, to average over
-      perceptual={},  # weights of a network that a distance compares features of
+      target_decay={},  # of the target network; empty: stop-gradient of online
+      reference={},  # examples kept on the device to average over
+      perceptual={},  # weights of the network of a perceptual distance
       ema={},
       samplers={},
       metrics={},
       studies={},
-      evaluation=dict(samples=10_000, batch_size=512, seed=1, pictured=100),
-      every=dict(  # 0 is never; pictures, evaluations and checkpoints also at the end
+      evaluation=dict(num_samples=10_000, batch_size=512, seed=1, num_pictured=100),
+      every=dict(  # 0: never; pictures, evaluations and checkpoints also at the end
         log_steps=100, picture_steps=0, evaluate_steps=0, checkpoint_steps=1000
       ),
       keep_checkpoints=2,
@@ -102,33 +109,33 @@ def base() -> ConfigDict:
 
 
 def digits(conditional: bool = True) -> dict:
-  """The 1,797 real digits inside scikit-learn."""
-  return dict(fn='cmjax.data:digits', conditional=conditional)
+  """The 1,797 images of digits that come with scikit-learn."""
+  return dict(fn='cmjax.data.digits:digits', conditional=conditional)
 
 
 def cifar10(flip: bool) -> dict:
   """CIFAR-10 by TFDS; data_dir is TFDS's own, or the variable CMJAX_DATA_DIR."""
   return dict(
-    fn='cmjax.data:tfds',
+    fn='cmjax.data.tfds:tfds',
     name='cifar10',
     split='train',
     data_dir='',
     conditional=False,
     flip=flip,
-    quoted_as='CIFAR-10',
+    display_name='CIFAR-10',
   )
 
 
 def imagenet64() -> dict:
-  """ImageNet at 64x64 with its 1,000 labels by TFDS, in memory: 16 GB."""
+  """ImageNet at 64x64 with its 1,000 labels by TFDS; takes 16 GB of memory."""
   return dict(
-    fn='cmjax.data:tfds',
+    fn='cmjax.data.tfds:tfds',
     name='imagenet_resized/64x64',
     split='train',
     data_dir='',
     conditional=True,
     flip=False,
-    quoted_as='ImageNet 64x64 (resized, TFDS)',
+    display_name='ImageNet 64x64 (resized, TFDS)',
   )
 
 
@@ -139,23 +146,23 @@ def ring() -> dict:
 
 def digits_network() -> dict:
   """A residual MLP of 1.7 M parameters (cmjax choice)."""
-  return _mlp(width=384, blocks=4, noise_scale=100.0)
+  return _mlp(width=384, num_blocks=4, noise_scale=100.0)
 
 
 def toy_network() -> dict:
   """A residual MLP of 0.2 M parameters (cmjax choice)."""
-  return _mlp(width=128, blocks=3, noise_scale=20.0)
+  return _mlp(width=128, num_blocks=3, noise_scale=20.0)
 
 
-def _mlp(width: int, blocks: int, noise_scale: float) -> dict:
+def _mlp(width: int, num_blocks: int, noise_scale: float) -> dict:
   return dict(
     fn='cmjax.networks.mlp:mlp',
     width=width,
-    blocks=blocks,
+    num_blocks=num_blocks,
     embedding=128,
     dropout=0.0,
     noise_scale=noise_scale,
-    clocks=1,
+    num_times=1,
     log_weight=False,
     dtype='float32',
   )
@@ -167,32 +174,32 @@ def ddpmpp(dropout: float) -> dict:
     fn='cmjax.networks.songunet:songunet',
     channels=128,
     channel_mult=(2, 2, 2),
-    blocks=4,
-    attention=(16,),
+    num_blocks=4,
+    attention_resolutions=(16,),
     dropout=dropout,
     noise_scale=1.0,
-    clocks=1,
+    num_times=1,
     log_weight=False,
     dtype='float32',  # or bfloat16
-    attend='exact',  # or chunked, fused
+    attention_implementation='exact',  # or chunked, fused
     remat=False,
   )
 
 
 def edm2(channels: int, dropout: float) -> dict:
-  """EDM2 for 64x64 images: 192 channels are S, 280.2 M parameters; 384 XL, 1,119 M."""
+  """EDM2 for 64x64 images: S (192 channels, 280.2 M parameters), XL (384, 1,119 M)."""
   return dict(
     fn='cmjax.networks.edm2:edm2',
     channels=channels,
     channel_mult=(1, 2, 3, 4),
-    blocks=3,
-    attention=(16, 8),
+    num_blocks=3,
+    attention_resolutions=(16, 8),
     dropout=dropout,
     dropout_resolution=16,
     noise_scale=1.0,
-    clocks=1,
+    num_times=1,
     log_weight=False,
-    attend='exact',
+    attention_implementation='exact',
     remat=False,
     dtype='float32',
   )
@@ -204,72 +211,87 @@ def edm_precond() -> dict:
 
 
 def consistency_precond(sigma_min: float) -> dict:
-  """A consistency function with its boundary at sigma_min; 0 in ECT's training."""
+  """A consistency function with its boundary at sigma_min; ECT trains with 0."""
   return dict(fn='cmjax.precond:consistency', sigma_data=0.5, sigma_min=sigma_min)
 
 
 def trigflow_precond() -> dict:
-  """sCM's one form of denoiser and consistency function."""
+  """sCM's denoiser and consistency function in one."""
   return dict(fn='cmjax.precond:trigflow', sigma_data=0.5)
 
 
 def two_time_precond() -> dict:
-  """MeanFlow's map between two times."""
+  """The flow map between two times of MeanFlow."""
   return dict(fn='cmjax.precond:two_time')
 
 
 def studies(data: str) -> dict:
-  """What --mode=study looks at; the exact map where the data has one."""
-  levels = dict(lowest=0.01, highest=80.0, count=12)
-  found = dict(
+  """The studies of --mode=study; on toy2d also the error of the exact map."""
+  sigmas = dict(sigma_min=0.01, sigma_max=80.0, num_sigmas=12)
+  parts: dict[str, dict] = dict(
     tangents=dict(
-      fn='cmjax.studies:tangents', samples=64, draws=32, subset=256, **levels
+      fn='cmjax.studies.tangents:tangents',
+      num_samples=64,
+      num_draws=32,
+      subset_size=256,
+      **sigmas,
     ),
     normalised_bias=dict(
-      fn='cmjax.studies:normalised_bias', samples=64, draws=64, **levels
+      fn='cmjax.studies.tangents:normalised_bias',
+      num_samples=64,
+      num_draws=64,
+      **sigmas,
     ),
-    gradient_noise=dict(fn='cmjax.studies:gradient_noise', bins=8, batches=16),
-    jvp_precision=dict(fn='cmjax.studies:jvp_precision', samples=32),
-    discrete_limit=dict(fn='cmjax.studies:discrete_limit', samples=64),
+    gradient_noise=dict(
+      fn='cmjax.studies.gradient_noise:gradient_noise', num_bins=8, num_batches=16
+    ),
+    jvp_precision=dict(fn='cmjax.studies.jvp_precision:jvp_precision', num_samples=32),
+    discrete_limit=dict(
+      fn='cmjax.studies.discrete_limit:discrete_limit', num_samples=64
+    ),
   )
   if data == 'toy2d':
-    found['map_error'] = dict(
-      fn='cmjax.studies:map_error', oracle=ring(), samples=1024, **levels
+    parts['map_error'] = dict(
+      fn='cmjax.studies.map_error:map_error', oracle=ring(), num_samples=1024, **sigmas
     )
-  return found
+  return parts
 
 
 def trigflow_network(data: str) -> dict:
-  """Keywords of a network whose clock is an angle (noise scales: cmjax choice)."""
+  """Keywords of a network conditioned on an angle (noise scale: cmjax choice)."""
   return {} if data == 'cifar10' else dict(noise_scale=10.0)
 
 
 def two_time_network(data: str) -> dict:
-  """Keywords of a network of two clocks in [0, 1] (noise scales: cmjax choice)."""
-  return trigflow_network(data) | dict(clocks=2)
+  """Keywords of a network of two times in [0, 1] (noise scale: cmjax choice)."""
+  return trigflow_network(data) | dict(num_times=2)
 
 
 def lognormal(mean: float, std: float) -> dict:
-  """The logarithm of t is N(mean, std^2)."""
+  """ln t ~ N(mean, std^2)."""
   return dict(fn='cmjax.times:lognormal', mean=mean, std=std)
 
 
 def karras_uniform() -> dict:
-  """Where the pairs of an endless Karras grid lie."""
+  """Times of an infinitely fine Karras grid."""
   return dict(fn='cmjax.times:karras_uniform', sigma_min=0.002, sigma_max=80.0, rho=7.0)
 
 
-def karras_pairs(bins: dict) -> dict:
-  """Neighbours of a Karras grid of as many points as the schedule `bins` says."""
+def karras_pairs(num_scales: dict) -> dict:
+  """Neighbours on a Karras grid whose size is the schedule `num_scales`."""
   return dict(
-    fn='cmjax.times:karras_pairs', bins=bins, sigma_min=0.002, sigma_max=80.0, rho=7.0
+    fn='cmjax.times:karras_pairs',
+    num_scales=num_scales,
+    sigma_min=0.002,
+    sigma_max=80.0,
+    rho=7.0,
   )
 
 
-def shrinking_gap(q: float, stage_images: int, smooth: bool) -> dict:
+def relative_gap(q: float, stage_images: int, smooth: bool) -> dict:
   """ECT's relative gap between t and r."""
   return dict(
-    fn='cmjax.schedules:shrinking_gap', q=q, stage_images=stage_images, smooth=smooth
+    fn='cmjax.schedules:relative_gap', q=q, stage_images=stage_images, smooth=smooth
   )
 
 
@@ -289,32 +311,32 @@ def pseudo_huber(c: float) -> dict:
 
 
 def lpips(resize: int = 224) -> dict:
-  """LPIPS, for a config that also has `perceptual=lpips_weights()`."""
-  return dict(fn='cmjax.networks.perceptual:lpips', pooling='max', resize=resize)
+  """LPIPS, for a config with `perceptual=lpips_weights()`."""
+  return dict(fn='cmjax.networks.lpips:lpips', pooling='max', resize=resize)
 
 
 def lpips_weights() -> dict:
-  """Weights of LPIPS, the user's to download; README, "Perceptual networks"."""
+  """Downloaded weights of LPIPS; see README.md, "Perceptual networks"."""
   return dict(fn='cmjax.port.vision:load_lpips', vgg=REQUIRED, heads=REQUIRED)
 
 
 def weighting(name: str) -> dict:
-  """A weighting of `cmjax.distances` that takes no keywords."""
-  return dict(fn=f'cmjax.distances:{name}')
+  """A weighting of `cmjax.weightings` that takes no keywords."""
+  return dict(fn=f'cmjax.weightings:{name}')
 
 
 def adam(learning_rate: dict, b2: float = 0.999) -> dict:
-  """Adam with its usual rates."""
+  """Adam with its usual decays."""
   return dict(fn='optax:adam', learning_rate=learning_rate, b1=0.9, b2=b2, eps=1e-8)
 
 
 def radam(learning_rate: dict, b2: float = 0.999) -> dict:
-  """RAdam with its usual rates; optax adds eps after its bias correction."""
+  """RAdam with its usual decays; optax adds eps after its bias correction."""
   return dict(fn='optax:radam', learning_rate=learning_rate, b1=0.9, b2=b2, eps=1e-8)
 
 
 def constant(value: float) -> dict:
-  """The same at every step: a learning rate, or an EMA's share kept."""
+  """The same at every step: a learning rate, or a decay of an EMA."""
   return dict(fn='cmjax.schedules:constant', value=value)
 
 
@@ -324,7 +346,7 @@ def cosine(peak: float, warmup_images: int = 0) -> dict:
 
 
 def inverse_root(peak: float, hold_images: int) -> dict:
-  """Constant, then falling as one over the root of the images: EDM2's."""
+  """Constant, then falling as one over the root of the images, as EDM2 does."""
   return dict(fn='cmjax.schedules:inverse_root', peak=peak, hold_images=hold_images)
 
 
@@ -334,7 +356,7 @@ def warmup(peak: float, warmup_images: int) -> dict:
 
 
 def half_life(half_life_images: int, rampup_ratio: float = 0.0) -> dict:
-  """EMA by its half-life, as EDM counts it."""
+  """The decay of an EMA with a half-life in images, as in EDM."""
   return dict(
     fn='cmjax.schedules:half_life',
     half_life_images=half_life_images,
@@ -346,7 +368,7 @@ def heun() -> dict:
   """EDM's deterministic sampler: 18 steps, 35 evaluations."""
   return dict(
     fn='cmjax.samplers:ode',
-    steps=18,
+    num_steps=18,
     solver='heun',
     sigma_min=0.002,
     sigma_max=80.0,
@@ -361,14 +383,14 @@ def one_step() -> dict:
 
 def two_steps(sigma_min: float = 0.0, middle: float = 0.821) -> dict:
   """Two evaluations; iCT and ECT: 0.821 for CIFAR-10, 1.526 for ImageNet-64."""
-  return dict(fn='cmjax.samplers:multistep', times=(80.0, middle), sigma_min=sigma_min)
+  return dict(fn='cmjax.samplers:multistep', sigmas=(80.0, middle), sigma_min=sigma_min)
 
 
 def pixel_metrics() -> dict:
   """Frechet distance on pixels: not an FID."""
-  return dict(frechet=dict(fn='cmjax.evaluate:pixel_frechet'))
+  return dict(frechet=dict(fn='cmjax.metrics.pixels:pixel_frechet'))
 
 
 def digits_metrics() -> dict:
-  """The above, and agreement of a classifier with the labels asked for."""
-  return pixel_metrics() | dict(labels=dict(fn='cmjax.evaluate:label_agreement'))
+  """`pixel_metrics`, and the agreement of a classifier with the labels."""
+  return pixel_metrics() | dict(labels=dict(fn='cmjax.metrics.pixels:label_agreement'))

@@ -1,14 +1,14 @@
-"""Progressive distillation: the number of steps of the student is halved by stages.
+"""Progressive distillation: the number of sampling steps is halved stage by stage.
 
 Command:   cmjax --config=pd:digits --workdir=runs/pd
              --config.init_from=runs/edm
-Hardware:  toy2d, digits: two CPU cores, one minute; cifar10: never run here
+Hardware:  toy2d, digits: two CPU cores, one minute; cifar10: not run
 Source:    Salimans & Ho 2022, algorithm 2; cifar10: openai/consistency_models_cifar10,
            from 4096 steps, Adam 5e-5 falling to zero in each stage of 50,000
            iterations, gradients clipped to 1; toy2d, digits: from 16 steps, stages,
            optimiser and EMA are cmjax choices
-Differs:   the optimiser's state is kept from stage to stage; stages are equally long:
-           their students of two steps and of one take 100,000 and 150,000 iterations
+Differs:   the optimiser's state is kept from stage to stage; stages are equally long,
+           but theirs of two steps and of one take 100,000 and 150,000 iterations
 Expected:  cifar10: FID 8.34 at one evaluation, 5.58 at two (Song et al. 2023, table 1)
 Measured:  toy2d: error of the map 0.099; digits, of width 192:
            0.997 at one evaluation, 0.458 at two (means of three seeds)
@@ -33,7 +33,7 @@ def get_config(data='digits'):
   )
   c.objective = dict(
     fn='cmjax.objectives.progressive:pd',
-    steps=dict(
+    num_steps=dict(
       fn='cmjax.schedules:halving_steps', start=start, stage_images=stage_images
     ),
     distance=parts.squared_l2(),
@@ -42,5 +42,5 @@ def get_config(data='digits'):
     sigma_max=80.0,
     rho=7.0,
   )
-  c.target_rate = dict(fn='cmjax.schedules:copy_at_stages', stage_images=stage_images)
+  c.target_decay = dict(fn='cmjax.schedules:copy_at_stages', stage_images=stage_images)
   return c

@@ -2,7 +2,7 @@
 
 Command:   cmjax --config=scd:digits --workdir=runs/scd
              --config.teacher=runs/trigflow
-Hardware:  toy2d, digits: two CPU cores, two minutes; cifar10: never run here
+Hardware:  toy2d, digits: two CPU cores, two minutes; cifar10: not run
 Source:    Lu & Song 2024 (sCM), algorithm 1 and appendix G: P = -1.0, 1.4, normaliser
            0.1, warm-up 10,000 iterations, RAdam 1e-4 (0.9, 0.99), batch 512, EMA
            half-life 0.5 M images; length of NVlabs/FastGen; toy2d, digits: optimiser,

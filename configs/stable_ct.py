@@ -2,7 +2,7 @@
 
 Command:   cmjax --config=stable_ct:digits --workdir=runs/stable_ct
              --config.init_from=runs/edm
-Hardware:  toy2d, digits: two CPU cores, one to two minutes; cifar10: never run here
+Hardware:  toy2d, digits: two CPU cores, one to two minutes; cifar10: not run
 Source:    Wang et al. 2024 (Stable Consistency Tuning): target, 1 / (t - r), the rest
            as in `ect`. Their equations are not public: smooth stages, c and the
            threshold, 3 sqrt(features / 3072), below which the posterior is one example,
@@ -19,13 +19,13 @@ def get_config(data='digits'):
   data, phased, _ = data.partition('_phased')
   c = ect.get_config(data)
   per_class = 2_000 if data == 'toy2d' else 0  # 0: all
-  c.reference = dict(fn='cmjax.data:reference', per_class=per_class, seed=0)
+  c.reference = dict(fn='cmjax.data.reference:reference', per_class=per_class, seed=0)
   with c.unlocked():
-    c.objective.fn = 'cmjax.objectives.discrete:stable_ct'
-    c.objective.threshold = {'toy2d': 0.08, 'digits': 0.43}.get(data, 3.0)
-    c.objective.block = 256
+    c.objective.fn = 'cmjax.objectives.consistency:stable_ct'
+    c.objective.sigma_threshold = {'toy2d': 0.08, 'digits': 0.43}.get(data, 3.0)
+    c.objective.block_size = 256
     c.objective.edges = (0.3, 1.5, 8.0) if phased else ()
-  c.objective.gap.smooth = True
+  c.objective.relative_gap.smooth = True
   c.objective.distance = parts.pseudo_huber(0.0)
   if phased:
     c.samplers = dict(

@@ -1,22 +1,23 @@
-"""Times our steps against other implementations, taking turns on one machine.
+"""Times cmjax against other implementations, in alternation on one machine.
 
 Usage: launch/bench_peers.sh --ect=CHECKOUT --jcm=CHECKOUT [--out=runs/bench_peers]
 
-locuslab/ect (PyTorch): an ECT training step, and sampling in one step.
+locuslab/ect (PyTorch): an ECT training step, and one-step sampling.
 openai/consistency_models_cifar10 (JAX; "jcm"): a CT training step.
 
-A peer runs from the user's checkout, in a Python that has what it needs. Every side is
-a process of its own (launch/peers) that builds, warms up and waits; then they take
-turns, ours first. Images are random: the time of a step does not depend on them. Our
-step is all that `cmjax --mode=train` does between two reports: the batch from host
-memory, the loss, its gradient, the check that both are finite, the optimiser, the
-averages and the metrics.
+A peer runs from the user's checkout, in a Python environment with its dependencies.
+Each side is a process (launch/peers) that builds its model, warms up and waits; then
+the sides are timed in alternation, cmjax first. Images are random: the time of a step
+does not depend on them. A step of cmjax is all that `cmjax --mode=train` does between
+two reports: the batch from host memory, the loss and its gradient, the check that both
+are finite, the optimiser, the averages and the metrics.
 
-Only the standard library is imported at the top: the interpreter of a peer, which runs
-this file too, need not have anything of ours.
+This file imports only the standard library at the top, because it also runs in the
+environment of a peer, which need not have the dependencies of cmjax.
 """
 
 import argparse
+from collections.abc import Callable
 import contextlib
 import datetime
 import importlib.util
@@ -29,48 +30,49 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-# What a peer is called, and what makes a folder a checkout of it.
+# The name of a peer, and a file that every checkout of it has.
 PEERS = {
   'ect': ('locuslab/ect', 'training/loss.py'),
   'jcm': ('openai/consistency_models_cifar10', 'jcm/losses.py'),
 }
-WHAT = {
+TASKS = {
   ('ect', 'train'): 'ECT training step',
   ('ect', 'sample'): 'one-step sampling',
   ('jcm', 'train'): 'CT training step',
 }
 LAYOUTS = ('eager', 'channels_last', 'compile', 'channels_last+compile')
 WARM_CALLS = 6  # RAdam takes a shorter path in its first five steps
-SIZES = {'small': (32, 32, 4), 'full': (128, 128, 4)}  # batch, channels, blocks
+SIZES = {'small': (32, 32, 4), 'full': (128, 128, 4)}  # batch, channels, num_blocks
 
 
 class CannotRunError(Exception):
-  """What cannot be run, and why, in one line."""
+  """A side cannot be run; the reason in one line."""
 
 
 # Arithmetic and tables ------------------------------------------------------------
 
 
 def variants(peer: str, precision: str, platform: str) -> list[str]:
-  """All ways of running a peer at a precision: how numbers are kept, memory, compiler.
+  """All ways to run a peer at a precision: dtype, memory layout, compiler.
 
-  jcm computes in float32 alone, and is timed in that.
+  jcm supports only float32.
   """
   if peer == 'jcm':
     return ['pmap'] if precision == 'float32' else []
   if precision == 'float32':
     return list(LAYOUTS)
-  kinds = ['bfloat16'] if platform == 'cpu' else ['float16', 'bfloat16']
-  return [f'{kind}+{layout}' for kind in kinds for layout in LAYOUTS]
+  dtypes = ['bfloat16'] if platform == 'cpu' else ['float16', 'bfloat16']
+  return [f'{dtype}+{layout}' for dtype in dtypes for layout in LAYOUTS]
 
 
 def summary(batch: int, ours: list[float], theirs: list[float]) -> dict[str, float]:
-  """Images a second, the ratio of the medians, and its range over the rounds.
+  """Images per second, the ratio of the medians, and its range over the rounds.
 
-  `ours` and `theirs` are seconds a call, one number a round.
+  `ours` and `theirs` are seconds per call, one for each round.
   """
   ratios = [b / a for a, b in zip(ours, theirs)]
   a, b = statistics.median(ours), statistics.median(theirs)
@@ -84,8 +86,8 @@ def summary(batch: int, ours: list[float], theirs: list[float]) -> dict[str, flo
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-  """One line a row; a ratio above one says that ours is faster."""
-  head = ['', 'batch', 'ours', 'theirs', 'their variant', 'ratio', 'rounds']
+  """One line per row; a ratio above one means that cmjax is faster."""
+  head = ['', 'batch', 'cmjax', 'peer', 'variant of the peer', 'ratio', 'over rounds']
   lines = [head, ['---'] * len(head)]
   for row in rows:
     lines.append(
@@ -113,14 +115,14 @@ def report(result: dict[str, Any]) -> str:
   lines = [
     markdown(result['rows']),
     '',
-    f'Medians of {settings["rounds"]} rounds of about {settings["seconds"]:g} s a '
-    'side, taking turns; a ratio above one says that ours is faster. Images are '
-    f'random. {result["device"]}, {settings["threads"]} threads a side, '
+    f'Medians of {settings["rounds"]} rounds of about {settings["seconds"]:g} s per '
+    'side, in alternation; a ratio above one means that cmjax is faster. Images are '
+    f'random. {result["device"]}, {settings["threads"]} threads per side, '
     f'XLA_FLAGS={result["xla_flags"]!r}, load average {result["load"]:.2f} before; '
     f'{result["date"]}. {sides}.',
   ]
-  for lost in result['not_run']:
-    lines += ['', f'Not run: {lost}.']
+  for reason in result['not_run']:
+    lines += ['', f'Not run: {reason}.']
   return '\n'.join(lines) + '\n'
 
 
@@ -128,13 +130,13 @@ def report(result: dict[str, Any]) -> str:
 
 
 class Side:
-  """One implementation, in a process of its own, that runs only when asked."""
+  """One implementation in a process, which waits between measurements."""
 
   def __init__(self, task: dict[str, Any], python: str, log: Path):
     self._log = log
     environment = os.environ | {
       'OMP_NUM_THREADS': str(task['threads']),
-      # Two sides share the memory of one device.
+      # Both sides share the memory of one device.
       'XLA_PYTHON_CLIENT_PREALLOCATE': 'false',
       'CUDA_VISIBLE_DEVICES': os.environ.get('CUDA_VISIBLE_DEVICES', '0').split(',')[0],
     }
@@ -150,32 +152,35 @@ class Side:
         )
       except OSError as error:
         raise CannotRunError(f'cannot start {python} ({error.strerror})') from error
+    self._stdin, self._stdout = self._process.stdin, self._process.stdout
+    assert self._stdin  # a pipe, as is stdout
+    assert self._stdout
     try:
       self.facts = self._answer()
     except BaseException:
       self.close()
       raise
 
-  def seconds(self, what: str, calls: int) -> float:
-    """The time of a call, of so many."""
-    with contextlib.suppress(BrokenPipeError):  # then there is no answer, which tells
-      print(json.dumps({'what': what, 'calls': calls}), file=self._process.stdin)
-      self._process.stdin.flush()
+  def seconds(self, function: str, calls: int) -> float:
+    """The mean time of a number of calls of 'train' or 'sample'."""
+    request = json.dumps({'function': function, 'calls': calls})
+    with contextlib.suppress(BrokenPipeError):  # `_answer` then raises
+      print(request, file=self._stdin, flush=True)
     return self._answer()['seconds'] / calls
 
   def close(self) -> None:
     """Ends the process."""
     with contextlib.suppress(BrokenPipeError):
-      self._process.stdin.close()
+      self._stdin.close()
     try:
       self._process.wait(timeout=10)
     except subprocess.TimeoutExpired:
       self._process.kill()
       self._process.wait()
-    self._process.stdout.close()
+    self._stdout.close()
 
-  def _answer(self):
-    line = self._process.stdout.readline()
+  def _answer(self) -> dict[str, Any]:
+    line = self._stdout.readline()
     if not line:
       code = self._process.wait()
       raise CannotRunError(f'the process ended with exit code {code}; see {self._log}')
@@ -186,133 +191,148 @@ class Side:
 
 
 def serve(task: dict[str, Any]) -> None:
-  """Builds what the task names, then times it as often as a line on stdin asks."""
-  # What a peer prints must not come between our answers.
+  """Builds the side of a task, then answers each line of stdin with a measurement."""
+  # Answers keep stdout; what a peer prints goes to stderr.
   answers = os.fdopen(os.dup(1), 'w')
   os.dup2(2, 1)
 
-  def say(**answer):
-    print(json.dumps(answer), file=answers, flush=True)
+  def answer(**values):
+    print(json.dumps(values), file=answers, flush=True)
 
   try:
-    if hasattr(os, 'sched_setaffinity'):  # JAX takes its threads from that
+    if hasattr(os, 'sched_setaffinity'):  # the number of threads of JAX
       os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: task['threads']])
     side = _module(task).build(task)
-    calls = {what: side.pop(what) for what in ('train', 'sample') if what in side}
-    per_call = {what: _warm(call) for what, call in calls.items()}
-    say(**side, per_call=per_call, python=platform.python_version())
+    functions = {name: side.pop(name) for name in ('train', 'sample') if name in side}
+    per_call = {name: _warm_up(function) for name, function in functions.items()}
+    answer(**side, per_call=per_call, python=platform.python_version())
     for line in sys.stdin:
-      asked = json.loads(line)
-      since = time.perf_counter()
-      calls[asked['what']](asked['calls'])
-      say(seconds=time.perf_counter() - since)
+      request = json.loads(line)
+      start = time.perf_counter()
+      functions[request['function']](request['calls'])
+      answer(seconds=time.perf_counter() - start)
   except ModuleNotFoundError as error:
-    say(failed=f'{sys.executable} has no module {error.name!r}')
+    answer(failed=f'{sys.executable} has no module {error.name!r}')
     raise
   except Exception as error:
     lines = str(error).strip().splitlines() or ['']
-    say(failed=f'{type(error).__name__}: {lines[0][:300]}')
+    answer(failed=f'{type(error).__name__}: {lines[0][:300]}')
     raise
 
 
-def _module(task):
-  """The file of launch/peers; what it imports is found in the checkout."""
+def _module(task: dict[str, Any]) -> types.ModuleType:
+  """The file of launch/peers, which imports from the checkout."""
   path = ROOT / 'launch' / 'peers' / f'{task["side"]}.py'
   spec = importlib.util.spec_from_file_location(f'bench_{task["side"]}', path)
+  assert spec  # of every .py file
+  assert spec.loader
   module = importlib.util.module_from_spec(spec)
   sys.path[0] = task['checkout']
   spec.loader.exec_module(module)
   return module
 
 
-def _warm(call):
-  """Compiles, and calls until times have settled; seconds a call."""
-  call(1)
-  times, begun = [], time.perf_counter()
+def _warm_up(function: Callable[[int], None]) -> float:
+  """Compiles a function, and returns the median time of its first calls after that."""
+  function(1)
+  times, first = [], time.perf_counter()
   while len(times) < 2 or (
-    len(times) < WARM_CALLS and time.perf_counter() - begun < 30
+    len(times) < WARM_CALLS and time.perf_counter() - first < 30
   ):
-    since = time.perf_counter()
-    call(1)
-    times.append(time.perf_counter() - since)
+    start = time.perf_counter()
+    function(1)
+    times.append(time.perf_counter() - start)
   return statistics.median(times)
 
 
-# Turns ----------------------------------------------------------------------------
+# Comparison -----------------------------------------------------------------------
 
 
-def compare(peer: str, given: argparse.Namespace, result: dict[str, Any]) -> None:
-  """Times ours against every variant of one peer; adds rows to the result.
+def compare(peer: str, flags: argparse.Namespace, result: dict[str, Any]) -> None:
+  """Times cmjax against every variant of one peer, and adds rows to the result.
 
-  Raises: CannotRunError if no variant could be run.
+  Raises: CannotRunError if no variant can be run.
   """
-  python, rows = getattr(given, f'{peer}_python'), []
+  num_rows = len(result['rows'])
   with tempfile.TemporaryDirectory() as folder:
-    task = {key: vars(given)[key] for key in ('batch', 'channels', 'blocks', 'threads')}
+    keys = ('batch', 'channels', 'num_blocks', 'threads', 'precision')
+    task = {key: getattr(flags, key) for key in keys}
     task |= {'side': 'ours', 'peer': peer, 'folder': folder, 'checkout': str(ROOT)}
-    task |= {'precision': given.precision}
-    say(f'{peer}: ours builds and warms up')
-    with contextlib.closing(
-      Side(task, sys.executable, given.out / f'{peer}_ours.log')
-    ) as ours:
+    say(f'{peer}: building and warming up cmjax')
+    log = flags.out / f'{peer}_ours.log'
+    with contextlib.closing(Side(task, sys.executable, log)) as ours:
       result['device'] = ours.facts['device'] or _processor()
       result['xla_flags'] = ours.facts['xla_flags']
-      known = variants(peer, given.precision, ours.facts['platform'])
-      if not known:
-        raise CannotRunError(f'it has no {given.precision}')
-      known = [variant for variant in known if given.variant in ('', variant)]
-      if not known:
-        raise CannotRunError(f'it has no variant {given.variant!r}')
-      for variant in known:
-        say(f'{peer}, {variant}: builds and warms up')
-        task |= {'side': peer, 'checkout': str(getattr(given, peer))}
+      for variant in _chosen_variants(peer, flags, ours.facts['platform']):
+        task |= {'side': peer, 'checkout': str(getattr(flags, peer))}
         task |= {'variant': variant, 'platform': ours.facts['platform']}
-        log = given.out / f'{peer}_{variant.replace("+", "_")}.log'
         try:
-          with contextlib.closing(Side(task, python, log)) as theirs:
-            _check_same(ours.facts, theirs.facts)
-            for name, side, at in (
-              ('cmjax', ours, ROOT),
-              (PEERS[peer][0], theirs, getattr(given, peer)),
-            ):
-              result['sides'][name] = side.facts | {'revision': _revision(at)}
-            facts = {
-              'parameters': ours.facts['parameters'],
-              'batch': given.batch,
-              'precision': given.precision,
-              'variant': variant,
-            }
-            for name in theirs.facts['per_call']:
-              row = {'what': WHAT[peer, name], **facts}
-              row |= _turns(name, ours, theirs, given)
-              rows.append(row)
-              result['rows'].append(row)
-              say(f'{peer}, {variant}, {name}: ratio {row["ratio"]:.2f}')
-              _write(result, given.out)  # a run that is ended early has lost nothing
+          _compare_variant(task, ours, flags, result)
         except CannotRunError as error:
           result['not_run'].append(f'{peer}, {variant}: {error}')
           say(f'not run: {result["not_run"][-1]}')
-  if not rows:
-    raise CannotRunError(f'nothing of it could be run; {result["not_run"][-1]}')
+  if len(result['rows']) == num_rows:
+    raise CannotRunError(f'no variant could be run; {result["not_run"][-1]}')
 
 
-def _check_same(ours, theirs):
+def _chosen_variants(peer: str, flags: argparse.Namespace, platform: str) -> list[str]:
+  supported = variants(peer, flags.precision, platform)
+  if not supported:
+    raise CannotRunError(f'it does not support {flags.precision}')
+  if flags.variant and flags.variant not in supported:
+    raise CannotRunError(
+      f'it has no variant {flags.variant!r}; it has {", ".join(supported)}'
+    )
+  return [flags.variant] if flags.variant else supported
+
+
+def _compare_variant(
+  task: dict[str, Any], ours: Side, flags: argparse.Namespace, result: dict[str, Any]
+) -> None:
+  """Times cmjax against one variant of a peer, and adds rows to the result."""
+  peer, variant = task['peer'], task['variant']
+  say(f'{peer}, {variant}: building and warming up')
+  log = flags.out / f'{peer}_{variant.replace("+", "_")}.log'
+  python = getattr(flags, f'{peer}_python')
+  with contextlib.closing(Side(task, python, log)) as theirs:
+    _check_same(ours.facts, theirs.facts)
+    result['sides']['cmjax'] = ours.facts | {'revision': _revision(ROOT)}
+    revision = _revision(getattr(flags, peer))
+    result['sides'][PEERS[peer][0]] = theirs.facts | {'revision': revision}
+    for name in theirs.facts['per_call']:
+      row = {
+        'what': TASKS[peer, name],
+        'parameters': ours.facts['parameters'],
+        'batch': flags.batch,
+        'precision': flags.precision,
+        'variant': variant,
+      }
+      row |= _alternate(name, ours, theirs, flags)
+      result['rows'].append(row)
+      say(f'{peer}, {variant}, {name}: ratio {row["ratio"]:.2f}')
+      _write(result, flags.out)  # so that an interrupted run keeps its rows
+
+
+def _check_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
   for key in ('platform', 'parameters'):
     if ours[key] != theirs[key]:
       raise CannotRunError(f'{key} differ: ours {ours[key]}, theirs {theirs[key]}')
 
 
-def _turns(name, ours, theirs, given):
-  took = {ours: [], theirs: []}
-  for _ in range(given.rounds):
-    for side, found in took.items():
-      calls = max(1, round(given.seconds / side.facts['per_call'][name]))
-      found.append(side.seconds(name, calls))
-  rounds = {'ours_seconds': took[ours], 'theirs_seconds': took[theirs]}
-  return summary(given.batch, *took.values()) | rounds
+def _alternate(
+  name: str, ours: Side, theirs: Side, flags: argparse.Namespace
+) -> dict[str, Any]:
+  """The summary of all rounds of one function, and their times."""
+  times = {ours: [], theirs: []}
+  for _ in range(flags.rounds):
+    for side, seconds in times.items():
+      calls = max(1, round(flags.seconds / side.facts['per_call'][name]))
+      seconds.append(side.seconds(name, calls))
+  rounds = {'ours_seconds': times[ours], 'theirs_seconds': times[theirs]}
+  return summary(flags.batch, times[ours], times[theirs]) | rounds
 
 
-def _processor():
+def _processor() -> str:
   with contextlib.suppress(OSError):
     for line in Path('/proc/cpuinfo').read_text(encoding='utf-8').splitlines():
       if line.startswith('model name'):
@@ -320,75 +340,82 @@ def _processor():
   return platform.processor() or platform.machine()
 
 
-def _cores():
+def _cores() -> int:
   if hasattr(os, 'sched_getaffinity'):
     return len(os.sched_getaffinity(0))
-  return os.cpu_count()
+  return os.cpu_count() or 1
 
 
-def _revision(checkout):
-  """The commit of a checkout, where it is one."""
+def _revision(checkout: Path) -> str:
+  """The commit of a checkout of git."""
   command = ['git', '-C', str(checkout), 'rev-parse', '--short', 'HEAD']
   with contextlib.suppress(OSError):
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if not done.returncode:
-      return done.stdout.strip()
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if not process.returncode:
+      return process.stdout.strip()
   return '(no git)'
 
 
 def say(text: str) -> None:
-  """Progress, apart from the table."""
+  """Prints progress to stderr; stdout is for the table."""
   print(text, file=sys.stderr, flush=True)
 
 
-class _Flags(argparse.ArgumentParser):
+class _Parser(argparse.ArgumentParser):
   def error(self, message):
     raise CannotRunError(f'{message}; launch/bench_peers.sh --help lists the flags')
 
 
 def parsed(argv: list[str]) -> argparse.Namespace:
-  """The flags, with their defaults filled in.
+  """The flags of the command line, with defaults.
 
-  Raises: CannotRunError for one that cannot be.
+  Raises: CannotRunError if one is unknown or invalid.
   """
-  flags = _Flags(description=__doc__.splitlines()[0])
+  parser = _Parser(description='Times cmjax against other implementations.')
   for peer, (name, _) in PEERS.items():
-    flags.add_argument(f'--{peer}', type=Path, help=f'checkout of {name}')
-    flags.add_argument(
-      f'--{peer}_python', default=sys.executable, help='Python that has what it needs'
+    parser.add_argument(f'--{peer}', type=Path, help=f'checkout of {name}')
+    parser.add_argument(
+      f'--{peer}_python', default=sys.executable, help='Python with its dependencies'
     )
-  flags.add_argument('--out', default=Path('runs/bench_peers'), type=Path)
-  flags.add_argument(
+  parser.add_argument('--out', default=Path('runs/bench_peers'), type=Path)
+  parser.add_argument(
     '--size',
     default='small',
     choices=list(SIZES),
-    help='small: batch 32, 32 channels, 4 blocks; full: the 55.7 M of CIFAR-10',
+    help='small: batch 32, 32 channels, 4 blocks; full: 55.7 M parameters, batch 128',
   )
-  flags.add_argument('--batch', type=int, help='images a step')
-  flags.add_argument('--precision', default='float32', choices=['float32', 'bfloat16'])
-  flags.add_argument('--variant', default='', help='one of them alone, such as eager')
-  flags.add_argument('--rounds', default=7, type=int)
-  flags.add_argument('--seconds', default=4.0, type=float, help='of a turn, about')
-  flags.add_argument('--threads', default=_cores(), type=int, help='all cores')
-  given = flags.parse_args(argv)
-  batch, given.channels, given.blocks = SIZES[given.size]
-  given.batch = batch if given.batch is None else given.batch
+  parser.add_argument('--batch', type=int, help='images per step')
+  parser.add_argument('--precision', default='float32', choices=['float32', 'bfloat16'])
+  parser.add_argument('--variant', default='', help='only this variant, such as eager')
+  parser.add_argument('--rounds', default=7, type=int)
+  parser.add_argument('--seconds', default=4.0, type=float, help='per round and side')
+  parser.add_argument(
+    '--threads',
+    default=_cores(),
+    type=int,
+    help='per side; default: the number of cores',
+  )
+  flags = parser.parse_args(argv)
+  batch, flags.channels, flags.num_blocks = SIZES[flags.size]
+  flags.batch = batch if flags.batch is None else flags.batch
   for key in ('batch', 'rounds', 'seconds', 'threads'):
-    if getattr(given, key) <= 0:
-      raise CannotRunError(f'--{key}: must be positive, got {getattr(given, key)}')
-  if given.threads > _cores():
-    raise CannotRunError(f'--threads: there are {_cores()} cores, got {given.threads}')
-  if not given.ect and not given.jcm:
+    if getattr(flags, key) <= 0:
+      raise CannotRunError(f'--{key}: must be positive, got {getattr(flags, key)}')
+  if flags.threads > _cores():
     raise CannotRunError(
-      'nothing to compare with; give --ect=CHECKOUT or --jcm=CHECKOUT'
+      f'--threads: this machine has {_cores()} cores, got {flags.threads}'
+    )
+  if not flags.ect and not flags.jcm:
+    raise CannotRunError(
+      'no peer to compare with; give --ect=CHECKOUT or --jcm=CHECKOUT'
     )
   for peer, (name, file) in PEERS.items():
-    path = getattr(given, peer)
+    path = getattr(flags, peer)
     if path and not (path / file).is_file():
       raise CannotRunError(f'--{peer}: no {file} in {path}; give a checkout of {name}')
     if path:
-      setattr(given, peer, path.resolve())
-  return given
+      setattr(flags, peer, path.resolve())
+  return flags
 
 
 def _write(result: dict[str, Any], out: Path) -> Path:
@@ -399,36 +426,36 @@ def _write(result: dict[str, Any], out: Path) -> Path:
 
 
 def main(argv: list[str]) -> int:
-  """The command line; what cannot be done is one line on stderr, and exit code 2."""
+  """Runs the command line; an error is one line on stderr, and exit code 2."""
   if argv and argv[0].startswith('--side='):
     serve(json.loads(argv[0].partition('=')[2]))
     return 0
   try:
-    given = parsed(argv)
+    flags = parsed(argv)
   except CannotRunError as error:
     say(f'bench_peers: {error}')
     return 2
-  given.out.mkdir(parents=True, exist_ok=True)
+  flags.out.mkdir(parents=True, exist_ok=True)
   result = {
     'date': datetime.date.today().isoformat(),
     'load': os.getloadavg()[0],
-    'xla_flags': '',  # of ours
-    'settings': {key: getattr(given, key) for key in ('rounds', 'seconds', 'threads')},
+    'xla_flags': '',  # of cmjax
+    'settings': {key: getattr(flags, key) for key in ('rounds', 'seconds', 'threads')},
     'sides': {},
     'rows': [],
     'not_run': [],
   }
-  failed = 0
+  code = 0
   for peer in PEERS:
     try:
-      if getattr(given, peer):
-        compare(peer, given, result)
+      if getattr(flags, peer):
+        compare(peer, flags, result)
     except CannotRunError as error:
       say(f'bench_peers: --{peer}: {error}')
-      failed = 2
+      code = 2
   if result['rows']:
-    print(f'{report(result)}\n{_write(result, given.out)} and .json')
-  return failed
+    print(f'{report(result)}\n{_write(result, flags.out)} and .json')
+  return code
 
 
 if __name__ == '__main__':

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Times our training steps and sampling against checkouts of other implementations, turn
-# by turn in one run, and prints one table. Each peer needs a Python of its own kind.
+# Times training steps and sampling against checkouts of other implementations, in
+# alternation, and prints one table. Each peer needs a Python with its dependencies.
 # Usage: launch/bench_peers.sh --ect=CHECKOUT --ect_python=PYTHON --jcm=CHECKOUT
 #   (either may be left out; --size=full: the network of CIFAR-10; --help for the rest)
 set -euo pipefail

@@ -1,9 +1,10 @@
-"""Trains one row a recipe, with several seeds, on one data set, and writes one table.
+"""Compares recipes on one data set: trains each with several seeds, writes one table.
 
 Usage: python launch/compare.py --data=digits --table=objectives --out=runs/compare
 
-Students start from the same diffusion teacher and get the same steps; those that start
-from nothing get the teacher's steps too. A run that is there is gone on with or used.
+All students start from the same diffusion teacher and train for the same number of
+steps; recipes without a teacher also train for the steps of the teacher. A run that
+exists in --out is resumed if it is incomplete, and not repeated otherwise.
 """
 
 import argparse
@@ -17,11 +18,13 @@ import subprocess
 import sys
 from typing import NamedTuple
 
-from cmjax import oracles, run, studies
+from cmjax import oracles
+from cmjax.runtime.reopen import reopen, subject_of
+from cmjax.studies.map_error import map_error
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = 3000  # of a student, as of its teacher
-# On digits half as wide as in the configs: a table in half an hour on two cores.
+STEPS = 3000  # of a student, and of its teacher
+# Half the width of the configs on digits: a table takes half an hour on two cores.
 COMMON = {
   'toy2d': [],
   'digits': ['--config.network.width=192'],
@@ -30,20 +33,20 @@ QUIET = ['--config.every.picture_steps=0', '--config.every.checkpoint_steps=1000
 
 
 class Row(NamedTuple):
-  """A recipe: a config, where it starts, and what differs from the config."""
+  """A recipe: a config, the weights it starts from, and options."""
 
   config: str
-  start: str = ''  # the row whose weights it starts from
-  distils: bool = False  # and whether that is also its teacher
-  options: tuple[str, ...] = ()
+  start: str = ''  # the row whose weights it starts from; empty: random weights
+  distils: bool = False  # whether `start` is its teacher
+  options: tuple[str, ...] = ()  # of the command line
 
 
 def tuned(config: str, steps: int, *options: str) -> Row:
-  """ECT or Stable Consistency Tuning for that many steps on digits."""
+  """ECT or Stable Consistency Tuning on digits, for a number of steps."""
   images = steps * 128
   length = (
     f'--config.total_images={images}',
-    f'--config.objective.gap.stage_images={images // 8}',
+    f'--config.objective.relative_gap.stage_images={images // 8}',
   )
   return Row(config, 'edm', options=(*length, *options))
 
@@ -69,7 +72,7 @@ OBJECTIVES = {
   'meanflow': Row('meanflow'),
   'shortcut': Row('shortcut'),
 }
-# Two targets, what metric they want, and what the unsquared norm asks of the optimiser.
+# ECT and Stable Consistency Tuning with other distances and learning rates.
 CONSTANT_RATE = (
   '--config.optimizer.learning_rate.fn=cmjax.schedules:warmup',
   '--config.optimizer.learning_rate.peak=2e-4',
@@ -81,25 +84,25 @@ METRICS |= {
   for name in ('ect', 'stable_ct')
 }
 METRICS |= {
-  f'{name} constant rate': tuned(name, STEPS, *CONSTANT_RATE)
+  f'{name} constant learning rate': tuned(name, STEPS, *CONSTANT_RATE)
   for name in ('ect', 'stable_ct')
 }
-METRICS['stable_ct threshold=0'] = tuned(
-  'stable_ct', STEPS, '--config.objective.threshold=0.0'
+METRICS['stable_ct sigma_threshold=0'] = tuned(
+  'stable_ct', STEPS, '--config.objective.sigma_threshold=0.0'
 )
 TABLES = {'objectives': OBJECTIVES, 'metrics': METRICS}
 
 
 def rows_of(table: str, data: str) -> dict[str, Row]:
-  """The rows of a table, in its order, after those they start from."""
+  """The rows of a table in order, after the rows that they start from."""
   rows = TABLES[table]
-  if table == 'objectives' and data == 'digits':  # where ECT's config is longer
+  if table == 'objectives' and data == 'digits':  # their configs train for longer
     rows = rows | {name: METRICS[name] for name in ('ect', 'stable_ct')}
   return STARTS | rows
 
 
 def cmjax(*arguments: str, log: Path) -> None:
-  """Runs the command line; stops with the end of what it said if it fails."""
+  """Runs the command line; if it fails, exits with the end of its output."""
   command = [sys.executable, '-m', 'cmjax.main', *arguments]
   with log.open('a', encoding='utf-8') as file:
     code = subprocess.run(
@@ -110,48 +113,51 @@ def cmjax(*arguments: str, log: Path) -> None:
     raise SystemExit(f'{" ".join(arguments)} failed:\n' + '\n'.join(tail))
 
 
-def make(place: Path, data: str, name: str, row: Row, seed: int) -> Path:
-  """The work directory of one trained and evaluated run."""
-  home = place / f'{"_".join(re.findall("[a-z0-9_.=]+", name))}_{seed}'
-  home.mkdir(parents=True, exist_ok=True)
+def train_and_evaluate(folder: Path, data: str, name: str, row: Row, seed: int) -> Path:
+  """The work directory of a row with a seed, which is trained and evaluated in it."""
+  workdir = folder / f'{"_".join(re.findall("[a-z0-9_.=]+", name))}_{seed}'
+  workdir.mkdir(parents=True, exist_ok=True)
   options = [f'--config={row.config}:{data}', f'--config.seed={seed}']
   options += [*QUIET, *COMMON[data], *row.options]
   if row.start:
     key = 'teacher' if row.distils else 'init_from'
-    options.append(f'--config.{key}={place / f"{row.start}_{seed}"}')
-  if not list(home.glob('evaluation_*.json')):
-    cmjax(*options, f'--workdir={home}', log=home / 'log.txt')
-    cmjax(f'--workdir={home}', '--mode=evaluate', log=home / 'log.txt')
-  print(f'{data}: {name}, seed {seed}, is there', flush=True)
-  return home
+    options.append(f'--config.{key}={folder / f"{row.start}_{seed}"}')
+  if not list(workdir.glob('evaluation_*.json')):
+    log = workdir / 'log.txt'
+    cmjax(*options, f'--workdir={workdir}', log=log)
+    cmjax(f'--workdir={workdir}', '--mode=evaluate', log=log)
+  print(f'{data}: {name}, seed {seed}: done', flush=True)
+  return workdir
 
 
-def measured(home: Path, data: str) -> dict[str, float]:
-  """Distances by sampler, steps a second, and in the plane the error of the map.
+def results_of(workdir: Path, data: str) -> dict[str, float]:
+  """Metrics by sampler, training speed, and on toy2d the error of the map.
 
-  The error is the root mean square at t = 80, and over 14 levels from 0.01 to 80.
+  The error is the root mean square of f minus the exact consistency map: at sigma = 80,
+  and over 14 noise levels from 0.01 to 80.
   """
-  evaluation = json.loads(max(home.glob('evaluation_*.json')).read_text('utf-8'))
-  found = {}
+  evaluation = json.loads(max(workdir.glob('evaluation_*.json')).read_text('utf-8'))
+  results = {}
   for row in evaluation['rows']:
     for key in ('pixel_frechet', 'label_agreement'):
       if key in row:
-        found[f'{row["sampler"]} {key}'] = row[key]
+        results[f'{row["sampler"]} {key}'] = row[key]
   if data == 'toy2d':
-    subject = run.subject_of(run.reopen(home))
-    rows = studies.map_error(subject, oracle=oracles.ring()).rows
+    subject = subject_of(reopen(workdir))
+    rows = map_error(subject, oracle=oracles.ring()).rows
     errors = [row['rms_error'] for row in rows]
-    found['map error at 80'] = errors[-1]
-    found['map error'] = math.sqrt(statistics.mean(e**2 for e in errors))
-  lines = (home / 'metrics.jsonl').read_text('utf-8').splitlines()
-  rates = [json.loads(line).get('images_per_s') for line in lines]
-  rate = statistics.median(r for r in rates if r) if any(rates) else math.nan
-  found['steps/s'] = rate / evaluation['config']['batch_size']
-  return found
+    results['map error at 80'] = errors[-1]
+    results['map error'] = math.sqrt(statistics.mean(e**2 for e in errors))
+  lines = (workdir / 'metrics.jsonl').read_text('utf-8').splitlines()
+  speeds = [json.loads(line).get('images_per_s') for line in lines]
+  speeds = [speed for speed in speeds if speed]
+  median = statistics.median(speeds) if speeds else math.nan
+  results['steps/s'] = median / evaluation['config']['batch_size']
+  return results
 
 
 def markdown(rows: dict[str, list[dict[str, float]]]) -> str:
-  """Mean and standard deviation over seeds."""
+  """A table of means and standard deviations over seeds, one line per row."""
   columns = list(dict.fromkeys(key for runs in rows.values() for key in runs[0]))
   columns.append(columns.pop(columns.index('steps/s')))
 
@@ -171,34 +177,37 @@ def markdown(rows: dict[str, list[dict[str, float]]]) -> str:
 
 
 def main() -> None:
-  """Runs what is missing, then prints and writes the table."""
-  flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  flags.add_argument('--data', default='toy2d', choices=list(COMMON))
-  flags.add_argument('--table', default='objectives', choices=list(TABLES))
-  flags.add_argument('--out', default='runs/compare', type=Path)
-  flags.add_argument('--seeds', default=3, type=int)
-  flags.add_argument('--jobs', default=1, type=int, help='runs at the same time')
-  given = flags.parse_args()
-  place = given.out.resolve() / given.data
-  rows, homes = rows_of(given.table, given.data), {}
-  with futures.ThreadPoolExecutor(given.jobs) as pool:
-    for starts in (True, False):
+  """Trains and evaluates the runs that are missing, and writes the table."""
+  parser = argparse.ArgumentParser(description='Compares recipes on one data set.')
+  parser.add_argument('--data', default='toy2d', choices=list(COMMON))
+  parser.add_argument('--table', default='objectives', choices=list(TABLES))
+  parser.add_argument('--out', default='runs/compare', type=Path)
+  parser.add_argument('--seeds', default=3, type=int, help='number of seeds')
+  parser.add_argument('--jobs', default=1, type=int, help='number of runs in parallel')
+  flags = parser.parse_args()
+  folder = flags.out.resolve() / flags.data
+  rows, workdirs = rows_of(flags.table, flags.data), {}
+  with futures.ThreadPoolExecutor(flags.jobs) as pool:
+    for starts in (True, False):  # the others need the weights of these
       jobs = [
         (name, seed)
-        for seed in range(given.seeds)
+        for seed in range(flags.seeds)
         for name in rows
         if (name in STARTS) == starts
       ]
-      made = pool.map(
-        lambda job: make(place, given.data, job[0], rows[job[0]], job[1]), jobs
+      done = pool.map(
+        lambda job: train_and_evaluate(
+          folder, flags.data, job[0], rows[job[0]], job[1]
+        ),
+        jobs,
       )
-      homes |= dict(zip(jobs, made))
+      workdirs |= dict(zip(jobs, done))
   results = {
-    name: [measured(homes[name, seed], given.data) for seed in range(given.seeds)]
+    name: [results_of(workdirs[name, seed], flags.data) for seed in range(flags.seeds)]
     for name in rows
   }
   text = markdown(results)
-  path = place / f'{given.table}.md'
+  path = folder / f'{flags.table}.md'
   path.write_text(text + '\n', encoding='utf-8')
   path.with_suffix('.json').write_text(json.dumps(results, indent=2), encoding='utf-8')
   print(f'{text}\n\n{path} and .json')

@@ -1,7 +1,7 @@
-# Sourced by the other scripts, in the root of the checkout: makes a venv if there is
-# none, installs cmjax and its test tools into it, and activates it.
-# VENV is its folder (.venv), PYTHON the Python that it is made by. The default is python3
-# if that is 3.12 or newer, which get the newest jax; else the newest that is found.
+# Sourced by the other scripts, in the root of the checkout: creates a venv if it does not
+# exist, installs cmjax and its test tools into it, and activates it.
+# VENV is its folder (default .venv), PYTHON the Python that creates it (default: python3 if
+# it is 3.12 or newer, which get the newest jax; else the newest Python installed).
 source launch/find_python.sh
 venv=${VENV:-.venv}
 
@@ -32,9 +32,9 @@ if [ ! -f "$venv/bin/activate" ]; then
   at_least "$version" 11 ||
     stop "cmjax needs Python 3.11 or newer; $python is $version. Set PYTHON."
   at_least "$version" 12 ||
-    echo "$python is $version, which jax 0.10 is the last for; 3.12 gets a newer one" >&2
+    echo "$python is $version; jax 0.10 is the newest for it, 3.12 gets a newer one" >&2
   "$python" -m venv "$venv" ||
-    stop "cannot make $venv; on Debian and Ubuntu: apt install python3-venv"
+    stop "cannot create $venv; on Debian and Ubuntu: apt install python3-venv"
 fi
 source "$venv/bin/activate"
 if [ ! -e "$venv/installed" ] || [ setup.cfg -nt "$venv/installed" ]; then

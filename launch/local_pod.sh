@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs cmjax as several processes on one machine, each with several fake CPU devices: what
-# a pod does, in small. Where one process ends badly, the others are stopped.
+# Runs cmjax as several processes on one machine, each with several fake CPU devices: a
+# small pod. If one process fails, the others are stopped.
 # Usage: launch/local_pod.sh PROCESSES DEVICES CMJAX_ARGUMENTS...
 set -euo pipefail
 if [ $# -lt 3 ]; then
@@ -39,7 +39,7 @@ for ((left = processes; left > 0; left--)); do
         echo "local_pod: process $i is stopped by a signal and does not answer" >&2
       fi
     done
-    sleep 2  # for what they have to say
+    sleep 2  # for their last output
     exit "$code"
   fi
 done

@@ -9,7 +9,7 @@ mkdir -p "$out"
 out=$(cd "$out" && pwd)
 cd "$root"
 source launch/environment.sh
-begun=$SECONDS
+start=$SECONDS
 
 cmjax --config=edm:digits --workdir="$out/teacher"
 cmjax --config=ect:digits --workdir="$out/student" \
@@ -19,7 +19,7 @@ for model in teacher student; do
   cmjax --workdir="$out/$model" --mode=evaluate
 done
 
-echo "Finished in $((SECONDS - begun)) s after installation."
+echo "Finished in $((SECONDS - start)) s after installation."
 echo
 for model in teacher student; do
   awk -v model="$model" '/^[|]/ {

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# One process a node, over all of its GPUs; Slurm tells jax.distributed who is who.
+# One process per node, over all of its GPUs; jax.distributed takes addresses from Slurm.
 # Usage: sbatch --nodes=4 launch/slurm.sh CMJAX_ARGUMENTS...   (in the checkout, with its
-# .venv and 'jax[cuda13]' in it, on a file system that all nodes see)
+# .venv and 'jax[cuda13]' in it, on a file system that all nodes share)
 #SBATCH --job-name=cmjax
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
@@ -16,6 +16,6 @@ if [ $# -lt 1 ]; then
   exit 2
 fi
 source .venv/bin/activate
-# SIGTERM comes two minutes before the end, to the tasks alone: they save and exit 0.
-# A task that fails takes the others with it.
+# Slurm sends SIGTERM two minutes before the end, to the tasks only: they save and exit 0.
+# A task that fails ends the others.
 exec srun --kill-on-bad-exit=1 cmjax --distributed "$@"

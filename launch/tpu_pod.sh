@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Runs cmjax on every host of a Cloud TPU slice that has been made (gcloud compute tpus
-# tpu-vm create). The work directory must be one that all hosts see, such as a mounted
-# bucket. The same command goes on after a pre-emption.
+# Runs cmjax on every host of an existing Cloud TPU slice (gcloud compute tpus tpu-vm
+# create). The work directory must be shared by all hosts, such as a mounted bucket. The
+# same command resumes after a preemption.
 # Usage: launch/tpu_pod.sh NAME ZONE CMJAX_ARGUMENTS...
-# REPOSITORY (default: this checkout's origin) and REVISION (its commit) say what to run.
+# REPOSITORY (default: this checkout's origin) and REVISION (its commit) select what to run.
 set -euo pipefail
 if [ $# -lt 3 ]; then
   echo 'usage: launch/tpu_pod.sh NAME ZONE CMJAX_ARGUMENTS...' >&2

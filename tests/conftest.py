@@ -15,12 +15,27 @@ os.environ['JAX_ENABLE_COMPILATION_CACHE'] = 'false'  # not a user's folder
 import jax
 import pytest
 
-from cmjax import sharding
+from cmjax.runtime import sharding
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_debug_key_reuse', True)
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# Left out by launch/test.sh --fast: whole processes, large networks, the TPU compiler.
+SLOW = (
+  *('test_compile.py', 'test_bench_peers.py', 'test_checkpoint.py', 'test_configs.py'),
+  *('test_continuous.py', 'test_contracts.py', 'test_fuzz_configs.py'),
+  *('test_hostile_files.py', 'test_main.py', 'test_names.py', 'test_perceptual.py'),
+  *('test_pod.py', 'test_studies.py', 'test_train.py', 'test_trust.py'),
+)
+
+
+def pytest_collection_modifyitems(items):
+  """Marks the slow tests."""
+  for item in items:
+    if item.nodeid.rpartition('tests/')[2].startswith(SLOW):
+      item.add_marker('slow')
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Writes checkpoints as other projects write them, and hostile ones, without them."""
+"""Writes checkpoints in the formats of other projects, without importing them."""
 
 from collections import OrderedDict
 import io

@@ -1,4 +1,4 @@
-"""Weights and inputs that golden outputs were made with: from names, not stored."""
+"""The weights and inputs of golden outputs, drawn from names instead of stored."""
 
 import zlib
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def weights(name: str, shape: tuple[int, ...]) -> np.ndarray:
-  """f32 of order one through any depth of layers, from the name alone."""
+  """f32 weights, from the name alone, that keep activations of order one."""
   draw = np.random.default_rng(zlib.crc32(name.encode()))
   if name.endswith(('freqs', 'phases', 'Projection_0/W')):
     return (6 * draw.normal(size=shape)).astype(np.float32)
@@ -21,7 +21,7 @@ def weights(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def inputs(size: int, channels: int, classes: int):
-  """Noisy images f32[2, size, size, channels], their levels, labels, one-hot labels."""
+  """Noisy images f32[2, size, size, channels], noise levels, labels, one-hot labels."""
   draw = np.random.default_rng(size + classes)
   sigma = np.array([0.3, 7.0], np.float32)
   spread = np.sqrt(sigma**2 + 0.25)[:, None, None, None]

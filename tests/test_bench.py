@@ -6,46 +6,65 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from cmjax import bench, train
-from cmjax import config as configs
-from cmjax import run as runs
+from cmjax import core, train
+from cmjax.modes import bench
+from cmjax.runtime import config_files
+from cmjax.runtime.flops import PEAKS, flops
+from cmjax.runtime.run import prepare
+from cmjax.runtime.state import random_state
 from tests.conftest import ROOT
 from tests.test_train import small
 
 
 @pytest.fixture(scope='module')
-def found(one_device):
-  """A small run of the stable field, measured briefly."""
-  config = configs.load(ROOT / 'configs' / 'stable_ct.py:digits')
+def result(one_device):
+  """A small run of Stable Consistency Tuning, measured briefly."""
+  config = config_files.read(ROOT / 'configs' / 'stable_ct.py:digits')
   config.network.width = config.network.embedding = 16
-  config.network.blocks = 1
+  config.network.num_blocks = 1
   config.batch_size = 16
   config.init_from = ''
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(bench, 'ROUND_S', 0.05)
     patch.setattr(bench, 'WINDOW_S', 0.05)
-    yield bench.measure(runs.prepare(config, one_device))
+    yield bench.measure(prepare(config, one_device))
 
 
-def test_every_part_takes_some_time_and_less_than_all(found):
-  assert {'network, jvp', 'optimiser', 'averages', 'stable field'} <= set(
-    found['parts']
-  )
-  assert all(took > 0 for took in found['parts'].values())
-  assert found['flops_a_device'] > 1e5
+def test_every_part_takes_some_time_and_less_than_all(result):
+  assert {
+    'network, jvp',
+    'optimiser',
+    'averages',
+    'objective, without its networks',
+  } <= set(result['parts'])
+  assert all(took > 0 for took in result['parts'].values())
+  assert result['flops_a_device'] > 1e5
 
 
-def test_the_numbers_of_one_report_agree(found):
-  alone, with_data = found['images_per_s'], found['loop_images_per_s']
-  assert alone == pytest.approx(16 / found['step_s'])
-  assert found['waiting_for_data'] == pytest.approx(max(0, 1 - with_data / alone))
-  assert found['flops_per_s_a_device'] == found['flops_a_device'] / found['step_s']
-  share = found['flops_per_s_a_device'] / found['peak_flops_per_s']
-  assert 0 < found['of_peak'] == share < 1
+def test_an_objective_without_its_networks_multiplies_no_matrices(one_device):
+  run = prepare(small(), one_device)
+  params, batch = random_state(run).params, train.batch(run, 0)
+
+  def counted(loss):
+    keys = core.streams(jax.random.key(0), 0)
+    jitted = jax.jit(lambda params: loss(core.Nets(params), batch, 0, keys).loss)
+    return flops(jitted.trace(params).jaxpr)
+
+  assert counted(run.loss) > 0
+  assert counted(bench._loss_without_networks(run)) == 0
+
+
+def test_the_numbers_of_one_report_agree(result):
+  alone, with_data = result['images_per_s'], result['loop_images_per_s']
+  assert alone == pytest.approx(16 / result['step_s'])
+  assert result['waiting_for_data'] == pytest.approx(max(0, 1 - with_data / alone))
+  assert result['flops_per_s_a_device'] == result['flops_a_device'] / result['step_s']
+  share = result['flops_per_s_a_device'] / result['peak_flops_per_s']
+  assert 0 < result['of_peak'] == share < 1
 
 
 def test_data_that_takes_as_long_as_a_step_is_waited_for(monkeypatch, one_device):
-  run = runs.prepare(small(network__width=16, network__blocks=1), one_device)
+  run = prepare(small(network__width=16, network__num_blocks=1), one_device)
   batch = train.batch(run, 0)
 
   class Sleeper(bench.Stepper):
@@ -60,17 +79,17 @@ def test_data_that_takes_as_long_as_a_step_is_waited_for(monkeypatch, one_device
   monkeypatch.setattr(train, 'batch', slow)
   monkeypatch.setattr(bench, 'ROUND_S', 0.0)
   monkeypatch.setattr(bench, 'WINDOW_S', 0.05)
-  alone, with_data = bench._loops(run, Sleeper(run, None, None), batch)
+  alone, with_data = bench._loop_seconds(run, Sleeper(run, None, None), batch)
   assert alone >= 0.01
   assert with_data >= 0.02
   assert with_data == pytest.approx(2 * alone, rel=0.5)  # sleeps are never exact
 
 
-def test_the_report_says_what_was_measured(found):
-  text = bench.report(found)
-  assert f'| a step | {1e3 * found["step_s"]:.1f} ms |' in text
-  assert '| of the fastest float32 matmul measured | ' in text
-  assert '| stable field | ' in text
+def test_the_report_says_what_was_measured(result):
+  text = bench.report(result)
+  assert f'| one step | {1e3 * result["step_s"]:.1f} ms |' in text
+  assert '| fraction of the fastest float32 matmul measured | ' in text
+  assert '| objective, without its networks | ' in text
 
 
 def test_seconds_are_the_median_and_wait_for_the_result():
@@ -85,11 +104,11 @@ def test_seconds_are_the_median_and_wait_for_the_result():
 def test_a_known_device_has_the_peak_of_its_data_sheet(kind, name, monkeypatch):
   device = type('Device', (), {'device_kind': kind})
   monkeypatch.setattr(jax, 'devices', lambda: [device])
-  assert bench.peak_flops() == (bench.PEAKS[name], f'the bfloat16 peak of {name}')
+  assert bench.peak_flops() == (PEAKS[name], f'the bfloat16 peak of {name}')
 
 
 def test_an_unknown_device_has_the_best_of_all_rounds_and_sizes(monkeypatch):
-  monkeypatch.setattr(bench, '_MATRICES', (8, 4))
+  monkeypatch.setattr(bench, '_MATRIX_SIZES', (8, 4))
   rounds = iter([[2.0, 1.0, 3.0], [0.5, 0.25, 1.0]])
   monkeypatch.setattr(bench, '_rounds', lambda call: next(rounds))
   assert bench.peak_flops()[0] == max(2 * 8**3 / 1.0, 2 * 4**3 / 0.25)
@@ -100,7 +119,7 @@ def test_an_unknown_device_has_the_best_of_all_rounds_and_sizes(monkeypatch):
 
 def traced_flops(f, *shapes):
   args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-  return bench.flops(jax.jit(f).trace(*args).jaxpr)
+  return flops(jax.jit(f).trace(*args).jaxpr)
 
 
 def conv(x, w):
@@ -134,9 +153,9 @@ def test_the_gradient_costs_twice_and_recomputing_once_more():
 
 def test_parts_of_a_batch_take_as_many_operations_as_the_whole(one_device):
   def counted(accumulate):
-    run = runs.prepare(small(accumulate=accumulate), one_device)
+    run = prepare(small(accumulate=accumulate), one_device)
     state = train.abstract_state(run)
     traced = train.compiled_step(run).trace(state, run.frozen, train.batch(run, 0))
-    return bench.flops(traced.jaxpr)
+    return flops(traced.jaxpr)
 
   assert counted(2) == counted(1) > 0

@@ -32,12 +32,12 @@ def checkout(tmp_path):
 @pytest.mark.parametrize(
   ('flags', 'words'),
   [
-    ([], 'nothing to compare with; give --ect=CHECKOUT or --jcm=CHECKOUT'),
+    ([], 'no peer to compare with; give --ect=CHECKOUT or --jcm=CHECKOUT'),
     (['--ect=nowhere'], 'no training/loss.py in nowhere'),
     (['--jcm=nowhere'], 'no jcm/losses.py in nowhere'),
     (['--ect={}', '--batch=0'], '--batch: must be positive'),
     (['--ect={}', '--seconds=-1'], '--seconds: must be positive'),
-    (['--ect={}', '--threads=100000'], '--threads: there are'),
+    (['--ect={}', '--threads=100000'], '--threads: this machine has'),
     (['--ect={}', '--precision=int8'], '--precision'),
     (['--ect={}', '--bath=3'], '--bath=3'),
     (['--ect={}', '--batch=some'], '--batch'),
@@ -73,7 +73,7 @@ def test_our_side_takes_its_turns(bench, tmp_path):
     'precision': 'float32',
     'batch': 2,
     'channels': 8,
-    'blocks': 1,
+    'num_blocks': 1,
     'threads': 1,
   }
   side = bench.Side(task, sys.executable, tmp_path / 'log.txt')
@@ -99,8 +99,8 @@ def test_variants_are_of_the_peer_the_precision_and_the_device(bench):
 
 
 def test_ratio_is_of_medians_in_images_a_second(bench):
-  found = bench.summary(32, ours=[0.5, 0.4, 4.0], theirs=[1.0, 1.2, 2.0])
-  assert found == {
+  summary = bench.summary(32, ours=[0.5, 0.4, 4.0], theirs=[1.0, 1.2, 2.0])
+  assert summary == {
     'ours_images_per_s': pytest.approx(64.0),
     'theirs_images_per_s': pytest.approx(32 / 1.2),
     'ratio': pytest.approx(2.4),
@@ -124,7 +124,7 @@ class FakeSide:
       'per_call': {'train': 1.0, 'sample': 1.0},
     }
 
-  def seconds(self, what, calls):
+  def seconds(self, function, calls):
     return self.speed
 
   def close(self):

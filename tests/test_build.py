@@ -7,11 +7,14 @@ import traceback
 import optax
 import pytest
 
-from cmjax import build
-from cmjax import config as configs
 from cmjax.core import Model, Network, Schedule, UserError
-from cmjax.data import Source
-from cmjax.objectives import discrete
+from cmjax.data.source import Source
+from cmjax.objectives import consistency
+from cmjax.runtime import build, schedules
+from cmjax.runtime.config import ConfigDict
+from cmjax.runtime.config_files import load
+from cmjax.runtime.config_json import from_json, to_json
+from cmjax.runtime.errors import user_errors
 from cmjax.samplers import Sampler
 
 # Functions that a config of these tests names, as a user's own would ---------------
@@ -39,7 +42,7 @@ GIVEN = dict(f='model', batch_size=8, total_images=80)
 
 
 def made(given=GIVEN, **spec):
-  return build.build(configs.ConfigDict(spec), 'config.part', **given)
+  return build.build(ConfigDict(spec), 'config.part', **given)
 
 
 def refusal(call, *args, **kwargs):
@@ -112,7 +115,7 @@ BAD_PARTS = {
   ),
   'refused by a function of cmjax': (
     dict(fn='cmjax.samplers:phased', edges=(3.0, 2.0)),
-    'config.part: edges must ascend from above zero, got (3.0, 2.0)',
+    'config.part: edges must be positive and ascend, got (3.0, 2.0)',
   ),
   'not a number': (
     dict(fn=LEAF, value=float('nan')),
@@ -123,12 +126,12 @@ BAD_PARTS = {
     'config.part.steps: must not exceed 2**53',
   ),
   'text in a tuple of numbers': (
-    dict(fn='cmjax.samplers:multistep', times=(80.0, 'x')),
-    "config.part.times: must be float, got 'x'",
+    dict(fn='cmjax.samplers:multistep', sigmas=(80.0, 'x')),
+    "config.part.sigmas: must be float, got 'x'",
   ),
   'a number for a tuple': (
-    dict(fn='cmjax.samplers:multistep', times=80.0),
-    'config.part.times: must be a tuple of float, got 80.0',
+    dict(fn='cmjax.samplers:multistep', sigmas=80.0),
+    'config.part.sigmas: must be a tuple of float, got 80.0',
   ),
   'a share of Adam beyond one': (
     dict(fn='optax:adam', learning_rate=1e-3, b1=1.0),
@@ -140,7 +143,7 @@ BAD_PARTS = {
   ),
   'set by the run': (
     dict(fn=BRANCH, child=0, batch_size=4),
-    'config.part.batch_size: is set by the run, leave it out',
+    'config.part.batch_size: is set by the run; leave it out',
   ),
   'without its teacher': (
     dict(fn=DISTIL),
@@ -171,7 +174,7 @@ def test_an_import_path_that_leads_nowhere_is_named(path):
 
 
 def test_build_each_builds_by_name_and_names_the_part_at_fault():
-  parts = configs.ConfigDict(dict(a=dict(fn=LEAF, value=1.0), b=dict(fn=LEAF, value=2)))
+  parts = ConfigDict(dict(a=dict(fn=LEAF, value=1.0), b=dict(fn=LEAF, value=2)))
   built = build.build_each(parts, 'config.parts')
   assert {name: each['value'] for name, each in built.items()} == dict(a=1.0, b=2)
   parts.b = dict(fn=LEAF, value='x')
@@ -190,21 +193,21 @@ def silent(network):
 @pytest.mark.parametrize(
   ('fn', 'kind', 'told'),
   [
-    ('cmjax.samplers:ode', Network, 'returns Sampler, and this needs Network'),
-    ('cmjax.schedules:constant', Model, 'returns a function, and this needs Model'),
-    ('optax:adam', Schedule, 'and this needs a function'),
-    (f'{__name__}:silent', Model, 'returned a value of type str, and this needs Model'),
-    (f'{__name__}:silent', Network, 'of type str, and this needs Network'),
+    ('cmjax.samplers:ode', Network, 'returns Sampler, not Network'),
+    ('cmjax.schedules:constant', Model, 'returns a function, not Model'),
+    ('optax:adam', Schedule, 'not a function'),
+    (f'{__name__}:silent', Model, 'of type str, not Model'),
+    (f'{__name__}:silent', Network, 'of type str, not Network'),
   ],
 )
 def test_a_function_of_another_kind_is_refused(fn, kind, told):
-  spec = configs.ConfigDict(dict(fn=fn))
+  spec = ConfigDict(dict(fn=fn))
   given = dict(network=None, learning_rate=1.0, value=1.0)
   assert told in refusal(build.build, spec, 'config.x', kind, **given)
 
 
 def test_a_part_inside_a_part_is_of_the_kind_of_its_parameter():
-  spec = dict(fn='cmjax.objectives.discrete:ct', pairs=dict(fn='cmjax.samplers:ode'))
+  spec = dict(fn='cmjax.objectives.consistency:ct', pairs=dict(fn='cmjax.samplers:ode'))
   told = refusal(made, **spec)
   assert told.startswith('config.part.pairs.fn: cmjax.samplers:ode returns Sampler')
   rate = dict(fn='cmjax.samplers:ode')
@@ -225,9 +228,9 @@ def test_a_mistake_in_a_function_of_the_users_keeps_its_traceback():
 
 
 def test_so_does_one_that_is_called_by_a_function_of_cmjax():
-  with pytest.raises(ValueError, match='must not be negative'), build.user_errors('x'):
-    discrete.ect(None, times=lambda *_: leaf(value=-1.0), gap=None, distance=None,
-                 weighting=None)  # fmt: skip
+  rest = dict(relative_gap=None, distance=None, weighting=None)
+  with pytest.raises(ValueError, match='must not be negative'), user_errors('x'):
+    consistency.ect(None, times=lambda *_: leaf(value=-1.0), **rest)
 
 
 def test_a_module_of_the_users_that_cannot_be_imported_keeps_its_traceback(
@@ -245,7 +248,7 @@ def test_a_module_of_the_users_that_cannot_be_imported_keeps_its_traceback(
 PLACES = {
   'network': (Network, 'cmjax.networks.mlp:mlp'),
   'precond': (Model, 'cmjax.precond:edm'),
-  'data': (Source, 'cmjax.data:digits'),
+  'data': (Source, 'cmjax.data.digits:digits'),
   'samplers.x': (Sampler, 'cmjax.samplers:one_step'),
   'ema.x': (Schedule, 'cmjax.schedules:constant'),
   'optimizer': (optax.GradientTransformation, 'optax:adam'),
@@ -285,13 +288,13 @@ HOSTILE = [
   ('jax.numpy:save', dict(file='{marker}', arr=(1,))),
   ('flax.serialization:to_bytes', dict(target=(1,))),
   ('optax.payload:anything', {}),
-  ('cmjax.config:load', dict(name='{marker}')),
-  ('cmjax.config:allow_imports_from', dict(folder='{marker}')),
-  ('cmjax.build:build', dict(where='x')),
+  ('cmjax.runtime.config_files:load', dict(name='{marker}')),
+  ('cmjax.runtime.functions:allow_imports_from', dict(folder='{marker}')),
+  ('cmjax.runtime.build:build', dict(where='x')),
   ('cmjax.main:main', dict(argv=('--help',))),
-  ('cmjax.checkpoint:save_weights', dict(workdir='{marker}', step=1)),
-  ('cmjax.logs:write_png', dict(path='{marker}')),
-  ('cmjax.data:np.save', dict(file='{marker}')),
+  ('cmjax.runtime.checkpoint:save_weights', dict(workdir='{marker}', step=1)),
+  ('cmjax.runtime.logs:write_png', dict(path='{marker}')),
+  ('cmjax.data.source:np.save', dict(file='{marker}')),
   ('cmjax.data:os', {}),
   ('cmjax.data:_images', {}),
   ('cmjax:__getattr__', {}),
@@ -304,8 +307,8 @@ HOSTILE = [
 
 def foreign(part, marker, trust=()):
   """A part as it comes out of a file."""
-  text = configs.to_json(configs.ConfigDict(dict(x=part)))
-  return configs.from_json(text.replace('{marker}', str(marker)), 'file', trust).x
+  text = to_json(ConfigDict(dict(x=part)))
+  return from_json(text.replace('{marker}', str(marker)), 'file', trust).x
 
 
 @pytest.fixture
@@ -336,11 +339,11 @@ def test_nor_what_stands_inside_a_part(payload):
   for fn, keywords in HOSTILE:
     inner = dict(fn=fn, **keywords)
     for outer, key, kind in (
-      ('cmjax.objectives.discrete:ct', 'pairs', None),
+      ('cmjax.objectives.consistency:ct', 'pairs', None),
       ('optax:adam', 'learning_rate', optax.GradientTransformation),
       ('cmjax.precond:edm', 'sigma_data', Model),
       ('cmjax.networks.mlp:mlp', 'width', Network),
-      ('cmjax.data:points', 'oracle', Source),
+      ('cmjax.data.points:points', 'oracle', Source),
     ):
       part = foreign({'fn': outer, key: inner}, payload)
       told = refusal(build.build, part, 'config.x', kind, network=None)
@@ -371,25 +374,106 @@ def test_a_package_that_is_trusted_may_be_named(tmp_path):
 
 def test_copies_of_a_config_stay_foreign(tmp_path):
   part = foreign(dict(fn='os:system', command='x'), tmp_path)
-  config = configs.ConfigDict(dict(network=part))
+  config = ConfigDict(dict(network=part))
   for each in (
     copy.deepcopy(config),
     config.copy_and_resolve_references(),
-    configs.ConfigDict(config.to_dict()),
+    ConfigDict(config.to_dict()),
   ):
     assert 'it was not called' in refusal(build.build, each.network, 'c', Network)
 
 
+# Schedules -------------------------------------------------------------------------
+
+
 def test_schedules_are_found_wherever_they_are():
-  config = configs.load('ct:toy2d')
-  found = build.schedules(config, batch_size=512, total_images=512 * 100)
+  config = load('ct:toy2d')
+  config = config.replace(total_images=config.batch_size * 100)
+  found = schedules.schedules_of(config)
   assert set(found) == {
     'config.ema.slow',
-    'config.objective.pairs.bins',
+    'config.objective.pairs.num_scales',
     'config.optimizer.learning_rate',
-    'config.target_rate',
+    'config.target_decay',
   }
   rate, spec = found['config.optimizer.learning_rate'], config.optimizer.learning_rate
   assert spec.fn == 'cmjax.schedules:cosine'
   # Half a cosine stands at half its height half-way, to the rounding of float32.
   assert float(rate(50)) == pytest.approx(spec.peak / 2, rel=1e-6)
+
+
+def annotated(*, value: float) -> Schedule:
+  """A schedule by its annotation."""
+  return lambda step: step * 0.0 + value
+
+
+def of_optax(*, value: float) -> optax.Schedule:
+  """The same, annotated as optax does."""
+  return lambda count: count * 0.0 + value
+
+
+def unannotated(*, value):
+  """A schedule only by the parameter that it is for."""
+  return lambda step: step * 0.0 + value
+
+
+def in_text(*, value: float) -> 'Schedule':
+  """A schedule whose annotation is a string, as of a `from __future__` import."""
+  return lambda step: step * 0.0 + value
+
+
+def loss_of_a_user(f, *, rate, weight: Schedule):
+  """An objective of the user's, one of whose keys says its type."""
+  return f, rate, weight
+
+
+OPTAX_RATE = dict(fn='optax:cosine_decay_schedule', init_value=0.5, decay_steps=10)
+
+
+@pytest.mark.parametrize('name', ['annotated', 'of_optax', 'unannotated', 'in_text'])
+def test_a_schedule_of_the_users_is_found_by_its_annotation_or_its_place(name):
+  part = dict(fn=f'{__name__}:{name}', value=0.25)
+  optimizer = dict(fn='optax:adam', learning_rate=part)
+  objective = dict(fn=f'{__name__}:loss_of_a_user', rate=part, weight=part)
+  config = load('edm:digits').replace(
+    optimizer=optimizer, objective=objective, ema=dict(slow=part), target_decay=part
+  )
+  expected = {
+    'config.optimizer.learning_rate',
+    'config.objective.weight',
+    'config.ema.slow',
+    'config.target_decay',
+  }
+  if name != 'unannotated':  # then nothing says what `rate` is
+    expected |= {'config.objective.rate'}
+  found = schedules.schedules_of(config)
+  assert set(found) == expected
+  assert {float(schedule(3)) for schedule in found.values()} == {0.25}
+
+
+def test_a_schedule_of_optax_is_found_built_and_checked(tmp_path):
+  config = load('edm:digits')
+  optimizer = config.optimizer.to_dict() | dict(learning_rate=OPTAX_RATE)
+  config = config.replace(optimizer=optimizer, ema=dict(slow=OPTAX_RATE))
+  found = schedules.schedules_of(config)
+  assert set(found) == {'config.optimizer.learning_rate', 'config.ema.slow'}
+  assert float(found['config.ema.slow'](5)) == pytest.approx(0.25)
+  schedules.check_schedules(config, found)
+  (tmp_path / 'config.json').write_text(to_json(config))
+  again = load(tmp_path / 'config.json')  # as data, whose functions are foreign
+  assert set(schedules.schedules_of(again)) == set(found)
+  for key, kind in (('optimizer', optax.GradientTransformation), ('ema', Schedule)):
+    part = again.optimizer if key == 'optimizer' else again.ema.slow
+    build.build(part, f'config.{key}', kind)
+  wild = config.replace(ema=dict(slow=OPTAX_RATE | dict(init_value=3.0)))
+  told = refusal(schedules.check_schedules, wild, schedules.schedules_of(wild))
+  assert told.startswith('config.ema.slow: must be in [0, 1), and is 3')
+
+
+def test_no_module_of_a_strangers_is_imported_to_look_for_schedules(payload):
+  config = load('edm:digits')
+  for place in ('optimizer', 'objective', 'target_decay'):
+    part = foreign(dict(fn='payload_module:anything'), payload)
+    told = refusal(schedules.schedules_of, config.replace(**{place: part}))
+    assert told.startswith(f'config.{place}.fn: ')
+    assert not payload.exists()

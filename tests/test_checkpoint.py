@@ -15,8 +15,8 @@ import numpy as np
 import optax
 import pytest
 
-from cmjax import checkpoint, sharding
 from cmjax.core import TrainState, UserError
+from cmjax.runtime import checkpoint, checksums, sharding
 from tests.conftest import ROOT
 
 META = {'config': '{"seed": 0}', 'shape': [8, 8, 1], 'classes': 10}
@@ -63,11 +63,11 @@ def save(workdir, *states, keep=2):
 
 
 def restore(workdir, like=None):
-  """The state found, and what was said on the way."""
-  checkpoints, said = checkpoint.Checkpoints(workdir, 2), []
+  """The restored state, and the lines that were printed."""
+  checkpoints, lines = checkpoint.Checkpoints(workdir, 2), []
   try:
-    found = checkpoints.restore(state(0) if like is None else like, said.append)
-    return (found and found[0]), said
+    restored = checkpoints.restore(state(0) if like is None else like, lines.append)
+    return (restored and restored[0]), lines
   finally:
     checkpoints.close()
 
@@ -122,7 +122,7 @@ def edit_meta(workdir, step, change):
 
 
 def without_hashes(meta):
-  """The meta as it was before there were hashes."""
+  """The meta as version 0.2 saved it."""
   return {key: meta[key] for key in (*META, 'step')}
 
 
@@ -153,17 +153,17 @@ def workdir(two_steps, tmp_path):
 def test_a_state_comes_back_bit_for_bit(target, tmp_path):
   saved = state(5, target=target)
   save(tmp_path, saved)
-  found, said = restore(tmp_path, state(0, target=target))
-  assert same(found, saved)
-  assert not same(found, state(6, target=target))
-  assert said == []
+  restored, lines = restore(tmp_path, state(0, target=target))
+  assert same(restored, saved)
+  assert not same(restored, state(6, target=target))
+  assert lines == []
 
 
 def test_a_state_comes_back_on_other_devices(two_steps):
   like = state(0, devices=jax.devices()[2:4])
-  found, _ = restore(two_steps, like)
-  assert same(found, state(2))
-  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(like)):
+  restored, _ = restore(two_steps, like)
+  assert same(restored, state(2))
+  for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(like)):
     assert a.sharding == b.sharding
 
 
@@ -193,9 +193,9 @@ def test_what_a_killed_save_left_is_ignored_and_its_step_can_be_saved(workdir):
   shutil.copytree(workdir / 'checkpoints' / '2', left)
   delete(left / '_CHECKPOINT_METADATA')
   assert checkpoint.newest(workdir, lambda step, meta: step, print) == 2
-  found, said = restore(workdir)
-  assert same(found, state(2))
-  assert said == []
+  restored, lines = restore(workdir)
+  assert same(restored, state(2))
+  assert lines == []
   save(workdir, state(3))
   assert folders(workdir) == ['2', '3']
   assert same(restore(workdir)[0], state(3))
@@ -216,16 +216,16 @@ def test_a_damaged_file_is_harmless_or_noticed(damage, two_steps, tmp_path):
     workdir = shutil.copytree(two_steps, tmp_path / str(i))
     damage(workdir / path.relative_to(two_steps))
     before = contents(workdir / 'checkpoints' / '2')
-    found, said = restore(workdir)
-    if said:
+    restored, lines = restore(workdir)
+    if lines:
       fell_back += 1
-      assert same(found, state(1)), path
+      assert same(restored, state(1)), path
       assert folders(workdir) == ['1', '2.damaged']
-      assert 'checkpoint 2 is damaged' in said[0]
-      assert str(workdir / 'checkpoints' / '2.damaged') in said[0]
+      assert 'checkpoint 2 is damaged' in lines[0]
+      assert str(workdir / 'checkpoints' / '2.damaged') in lines[0]
       assert contents(workdir / 'checkpoints' / '2.damaged') == before  # all of it
     else:
-      assert same(found, state(2)), path
+      assert same(restored, state(2)), path
       assert folders(workdir) == ['1', '2']
   assert 0 < fell_back < len(suspects)  # some files are copies of others
 
@@ -246,17 +246,17 @@ def test_no_flipped_bit_is_restored(tmp_path):
     workdir = shutil.copytree(tmp_path / 'run', tmp_path / str(i))
     path = workdir / path.relative_to(tmp_path / 'run')
     flip(path, draw.randrange(8 * path.stat().st_size))
-    said = []
+    lines = []
 
     def read(step, meta, workdir=workdir):
       return meta, checkpoint.read_weights(workdir, step, 'fast', of_noise(0).params)
 
-    meta, weights = checkpoint.newest(workdir, read, said.append)
-    assert meta == META | {'step': 2 - len(said)}, path
-    assert same(weights, of_noise(2 - len(said)).ema['fast']), path
-    found, said = restore(workdir, of_noise(0))
-    assert same(found, of_noise(2 - len(said))), path
-    fell_back += len(said)
+    meta, weights = checkpoint.newest(workdir, read, lines.append)
+    assert meta == META | {'step': 2 - len(lines)}, path
+    assert same(weights, of_noise(2 - len(lines)).ema['fast']), path
+    restored, lines = restore(workdir, of_noise(0))
+    assert same(restored, of_noise(2 - len(lines))), path
+    fell_back += len(lines)
   assert fell_back >= 4  # params, EMA, optimiser state and meta, and some of the rest
 
 
@@ -269,14 +269,14 @@ def test_arrays_are_compared_on_any_devices(devices, tmp_path):
   split = sharding.mesh(fsdp=True)
   save(tmp_path, placed(1, split), placed(2, split))
   like = placed(0, sharding.mesh(fsdp=True, devices=jax.devices()[:devices]))
-  found, said = restore(tmp_path, like)
-  assert (int(found.step), said) == (2, [])
-  assert found.params['kernel'].sharding == like.params['kernel'].sharding
+  restored, lines = restore(tmp_path, like)
+  assert (int(restored.step), lines) == (2, [])
+  assert restored.params['kernel'].sharding == like.params['kernel'].sharding
   flip(largest(tmp_path / 'checkpoints' / '2' / 'opt_state'), 8 * 9000)
-  found, said = restore(tmp_path, like)
-  assert int(found.step) == 1
-  assert 'opt_state/mu/kernel is not what was saved' in said[0]
-  np.testing.assert_array_equal(found.opt_state['mu']['kernel'], noise()['kernel'])
+  restored, lines = restore(tmp_path, like)
+  assert int(restored.step) == 1
+  assert 'opt_state/mu/kernel differs from its hash' in lines[0]
+  np.testing.assert_array_equal(restored.opt_state['mu']['kernel'], noise()['kernel'])
 
 
 BAD_META = {
@@ -303,18 +303,18 @@ def test_a_step_with_a_bad_meta_is_damaged(fault, workdir):
     path.write_bytes(bytes(range(128, 256)))
   else:
     edit_meta(workdir, 2, BAD_META[fault])
-  said = []
-  assert checkpoint.newest(workdir, lambda step, meta: step, said.append) == 1
+  lines = []
+  assert checkpoint.newest(workdir, lambda step, meta: step, lines.append) == 1
   assert checkpoint.read_meta(workdir) == META | {'step': 1}
-  found, also_said = restore(workdir)
-  assert same(found, state(1))
-  for line in (*said, *also_said):
+  restored, also_lines = restore(workdir)
+  assert same(restored, state(1))
+  for line in (*lines, *also_lines):
     assert 'damaged' in line
     assert '\n' not in line
-  assert len(said) == len(also_said) == 1
+  assert len(lines) == len(also_lines) == 1
 
 
-def test_checkpoints_of_before_there_were_hashes_open(workdir):
+def test_checkpoints_without_hashes_are_restored(workdir):
   for step in (1, 2):
     edit_meta(workdir, step, without_hashes)
   for name in ('slow', 'target'):
@@ -322,7 +322,7 @@ def test_checkpoints_of_before_there_were_hashes_open(workdir):
     assert same(weights, state(2).ema['slow'] if name == 'slow' else state(2).target)
   with pytest.raises(UserError, match=r"'fats'.*online, target, fast, slow"):
     checkpoint.read_weights(workdir, 2, 'fats', state(0).params)
-  with pytest.raises(UserError, match=r'parameter odd is .* there and missing'):
+  with pytest.raises(UserError, match=r'parameter odd is .* and missing in the model'):
     checkpoint.read_weights(workdir, 2, 'slow', {'layer': state(0).params['layer']})
   assert same(restore(workdir)[0], state(2))
 
@@ -330,7 +330,7 @@ def test_checkpoints_of_before_there_were_hashes_open(workdir):
 POD = """
 import jax, numpy as np
 from tests import test_checkpoint
-from cmjax import sharding
+from cmjax.runtime import sharding
 sharding.start({address!r}, 2, {process})
 test_checkpoint.in_each_process({workdir!r})
 """
@@ -340,7 +340,7 @@ def in_each_process(workdir):
   """Saves two steps, damages the second and reads, as one of two processes."""
   workdir, first = Path(workdir), jax.process_index() == 0
   split, whole = sharding.mesh(fsdp=True), sharding.data_mesh()
-  halves = sharding.mesh(fsdp=True, slices=2)  # each process holds all
+  halves = sharding.mesh(fsdp=True, num_slices=2)  # each process holds all
 
   def placed(step, mesh):
     own = {'kernel': noise()['kernel'] + np.uint32(step)}
@@ -349,11 +349,11 @@ def in_each_process(workdir):
 
   def opened(mesh, step):
     like = placed(0, mesh)
-    found, said = restore(workdir, like)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(placed(step, mesh))):
+    restored, lines = restore(workdir, like)
+    for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(placed(step, mesh))):
       for x, y in zip(a.addressable_shards, b.addressable_shards, strict=True):
         np.testing.assert_array_equal(x.data, y.data)
-    return said
+    return lines
 
   def wait():
     jax.experimental.multihost_utils.sync_global_devices('wait')
@@ -371,21 +371,21 @@ def in_each_process(workdir):
   def read(step, meta):
     return step, checkpoint.read_weights(workdir, step, 'slow', placed(0, split).params)
 
-  said = []
-  assert checkpoint.newest(workdir, read, said.append)[0] == 2
-  assert 'ema.slow/kernel is not what was saved' in said[0]
+  lines = []
+  assert checkpoint.newest(workdir, read, lines.append)[0] == 2
+  assert 'ema.slow/kernel differs from its hash' in lines[0]
   (line,) = opened(split, 2)
-  assert 'ema.slow/kernel is not what was saved' in line
+  assert 'ema.slow/kernel differs from its hash' in line
   assert (folders(workdir), opened(whole, 2)) == (['1', '2', '3.damaged'], [])
 
-  compare = checkpoint._compare  # then only one of them finds a fault
+  compare = checksums.compare  # then only one of them finds a fault
 
-  def fail_once(item, saved, found):
-    checkpoint._compare = compare
+  def fail_once(item, saved, restored):
+    checksums.compare = compare
     raise ValueError('a fault of one process')
 
   if not first:
-    checkpoint._compare = fail_once
+    checksums.compare = fail_once
   (line,) = opened(split, 1)
   assert ('another process' if first else 'a fault of one process') in line
   wait()
@@ -419,18 +419,16 @@ def test_two_processes_agree_on_what_is_whole(tmp_path):
 
 def test_a_checkpoint_with_a_part_missing_is_passed_over(workdir):
   shutil.rmtree(workdir / 'checkpoints' / '2' / 'ema.slow')
-  found, said = restore(workdir)
-  assert same(found, state(1))
-  assert 'checkpoint 2 is damaged' in said[0]
+  restored, lines = restore(workdir)
+  assert same(restored, state(1))
+  assert 'checkpoint 2 is damaged' in lines[0]
 
 
 def test_a_run_without_a_whole_checkpoint_is_refused(workdir):
   ruin(workdir, 1)
   ruin(workdir, 2)
   for _ in range(2):  # and refused again: it does not start from nothing
-    with pytest.raises(
-      UserError, match=r'no checkpoint .* can be read.*another --workdir'
-    ):
+    with pytest.raises(UserError, match=r'all checkpoints are damaged.*new --workdir'):
       restore(workdir)
   assert folders(workdir) == ['1', '2']  # neither renamed nor lost
 
@@ -448,29 +446,29 @@ def test_newest_gives_step_and_meta_or_those_of_the_step_named(two_steps):
 
 
 @pytest.mark.parametrize('inside', ['', 'checkpoints/1', 'checkpoints'])
-def test_a_place_without_checkpoints_is_named(inside, tmp_path):
+def test_a_folder_without_checkpoints_is_named(inside, tmp_path):
   place = tmp_path / 'nothing' / inside
-  with pytest.raises(UserError, match='no checkpoints there') as error:
+  with pytest.raises(UserError, match='no checkpoints') as error:
     checkpoint.newest(place, lambda step, meta: step, print)
   assert str(place) in str(error.value)
 
 
 @pytest.mark.parametrize('name', ['online', 'fast', 'slow'])
 def test_one_set_of_weights_can_be_read_alone(name, two_steps):
-  found = checkpoint.read_weights(two_steps, 2, name, state(0).params)
+  restored = checkpoint.read_weights(two_steps, 2, name, state(0).params)
   saved = state(2)
-  assert same(found, saved.params if name == 'online' else saved.ema[name])
+  assert same(restored, saved.params if name == 'online' else saved.ema[name])
 
 
 def test_the_target_network_can_be_read_alone_if_there_is_one(two_steps, tmp_path):
-  found = checkpoint.read_weights(two_steps, 2, 'target', state(0).params)
-  assert same(found, state(2).target)
+  restored = checkpoint.read_weights(two_steps, 2, 'target', state(0).params)
+  assert same(restored, state(2).target)
   save(tmp_path, state(1, target=False))
   with pytest.raises(UserError, match=r"no weights 'target'.*online, fast, slow"):
     checkpoint.read_weights(tmp_path, 1, 'target', state(0).params)
 
 
-def test_weights_that_are_not_there_are_told_with_those_that_are(two_steps):
+def test_an_unknown_name_of_weights_lists_those_of_the_checkpoint(two_steps):
   with pytest.raises(UserError, match=r"'fats'.*online, target, fast, slow"):
     checkpoint.read_weights(two_steps, 2, 'fats', state(0).params)
 
@@ -492,7 +490,7 @@ def test_a_run_has_an_optimiser_state_and_weights_alone_have_none(two_steps, tmp
   assert same(
     checkpoint.read_weights(tmp_path, 3, 'online', state(0).params), state(3).params
   )
-  with pytest.raises(UserError, match='no checkpoints there'):
+  with pytest.raises(UserError, match='no checkpoints'):
     checkpoint.is_run(tmp_path / 'absent')
 
 
@@ -522,28 +520,28 @@ def test_a_path_with_colons_is_local(tmp_path):
 OTHER_NETWORKS = {
   'another shape': (
     lambda p: p | {'odd': p['layer']['kernel']},
-    r'parameter odd is \(5,\) there and \(3, 5\) here',
+    r'parameter odd is \(5,\) in .* and \(3, 5\) in',
   ),
-  'one more here': (
+  'one more in the model': (
     lambda p: p | {'more': p['odd']},
-    r'parameter more is missing there and \(5,\) here',
+    r'parameter more is missing in .* and \(5,\) in',
   ),
-  'one more there': (
+  'one more in the checkpoint': (
     lambda p: {'layer': p['layer']},
-    r'parameter odd is \(5,\) there and missing here',
+    r'parameter odd is \(5,\) in .* and missing in',
   ),
   'another type': (
     lambda p: p | {'odd': p['odd'].astype(jnp.bfloat16)},
-    r'parameter odd is float32 there and bfloat16 here',
+    r'parameter odd is float32 in .* and bfloat16 in',
   ),
 }
 
 
 @pytest.mark.parametrize('case', OTHER_NETWORKS)
 def test_weights_of_another_network_name_the_first_that_differs(case, two_steps):
-  change, told = OTHER_NETWORKS[case]
+  change, difference = OTHER_NETWORKS[case]
   like = change(state(0).params)
-  with pytest.raises(UserError, match=f'holds another network: {told}'):
+  with pytest.raises(UserError, match=f'another network: {difference}'):
     checkpoint.read_weights(two_steps, 2, 'slow', like)
 
 
@@ -551,25 +549,25 @@ def test_weights_of_another_network_name_the_first_that_differs(case, two_steps)
 def test_damaged_weights_are_passed_over_for_older_ones(damage, workdir):
   for path in files(workdir / 'checkpoints' / '2' / 'ema.slow'):
     damage(path)
-  before, said = folders(workdir), []
+  before, lines = folders(workdir), []
 
   def read(step, meta):
     return checkpoint.read_weights(workdir, step, 'slow', state(0).params)
 
-  assert same(checkpoint.newest(workdir, read, said.append), state(1).ema['slow'])
-  assert len(said) == 1
-  assert 'checkpoints/2 is damaged' in said[0]
+  assert same(checkpoint.newest(workdir, read, lines.append), state(1).ema['slow'])
+  assert len(lines) == 1
+  assert 'checkpoints/2 is damaged' in lines[0]
   assert folders(workdir) == before  # who only reads renames nothing
 
 
-def test_a_step_set_aside_can_be_saved_and_damaged_again(workdir):
-  for aside in (['2.damaged'], ['2.damaged', '2.damaged_2']):
+def test_a_renamed_step_can_be_saved_and_damaged_again(workdir):
+  for renamed in (['2.damaged'], ['2.damaged', '2.damaged_2']):
     ruin(workdir, 2)
-    checkpoints, said = checkpoint.Checkpoints(workdir, 2), []
-    found, _ = checkpoints.restore(state(0), said.append)
-    assert same(found, state(1))
-    assert aside[-1] in said[0]
+    checkpoints, lines = checkpoint.Checkpoints(workdir, 2), []
+    restored, _ = checkpoints.restore(state(0), lines.append)
+    assert same(restored, state(1))
+    assert renamed[-1] in lines[0]
     checkpoints.save(state(2), META)
     checkpoints.close()
-    assert folders(workdir) == ['1', '2', *aside]
+    assert folders(workdir) == ['1', '2', *renamed]
     assert same(restore(workdir)[0], state(2))

@@ -4,7 +4,8 @@ import importlib.util
 
 import pytest
 
-from cmjax import config as configs
+from cmjax.runtime import config as configs
+from cmjax.runtime import config_files
 from tests.conftest import ROOT
 
 
@@ -24,7 +25,7 @@ def compare():
 def test_rows_name_configs_and_options_that_exist(table, data, compare):
   rows = compare.rows_of(table, data)
   for row in rows.values():
-    config = configs.load(ROOT / 'configs' / f'{row.config}.py:{data}')
+    config = config_files.read(ROOT / 'configs' / f'{row.config}.py:{data}')
     needs = {key for key in ('init_from', 'teacher') if config[key] == configs.REQUIRED}
     assert bool(needs) == bool(row.start)
     assert ('teacher' in needs) == row.distils

@@ -1,12 +1,25 @@
-"""Configs against signatures, the top level against its schema, and JSON and back."""
+"""Configs against their record and the signatures of their parts; JSON and back."""
 
 import json
 import sys
 
 import pytest
 
-from cmjax import config as configs
+from cmjax.configs import parts
 from cmjax.core import UserError
+from cmjax.runtime.config import (
+  REQUIRED,
+  Config,
+  ConfigDict,
+  checked,
+  differences,
+  keys_of,
+  may_change,
+  require,
+)
+from cmjax.runtime.config_files import load, read, shipped
+from cmjax.runtime.config_json import from_json, to_json
+from cmjax.runtime.overrides import override
 from tests.conftest import ROOT
 from tests.test_build import LEAF, refusal
 
@@ -15,7 +28,7 @@ from tests.test_build import LEAF, refusal
 
 @pytest.fixture
 def config():
-  return configs.load(ROOT / 'configs' / 'edm.py:digits')
+  return read(ROOT / 'configs' / 'edm.py:digits')
 
 
 def changed(config, key, value):
@@ -29,24 +42,55 @@ def changed(config, key, value):
     del part[last]
   else:
     part[last] = value
-  return configs.ConfigDict(plain)
+  return ConfigDict(plain)
 
 
-def test_a_whole_config_is_returned_as_it_is(config):
-  assert configs.checked(config) is config
+def test_a_whole_config_is_its_record(config):
+  record = checked(config)
+  assert checked(record) is record
+  assert record.to_dict() == config.to_dict()
+  assert (record.batch_size, record.network.width) == (128, 384)
+  assert record.evaluation.num_samples == 1797
   float_as_int = changed(config, 'grad_clip_norm', 1)
-  assert configs.checked(float_as_int).grad_clip_norm == 1
+  assert checked(float_as_int).grad_clip_norm == 1
+
+
+def test_base_has_the_default_of_every_key_and_of_no_other():
+  base = parts.base()
+  assert set(base) == set(keys_of(Config))
+  for name, key in keys_of(Config).items():
+    if key.kind is not ConfigDict and isinstance(base[name], ConfigDict):
+      assert set(base[name]) == set(keys_of(key.kind))
+
+
+def test_a_record_does_not_change_but_has_a_changed_copy(config):
+  record = checked(config)
+  with pytest.raises(AttributeError):
+    record.seed = 3
+  other = record.replace(seed=3, ema=dict(fast=dict(fn=LEAF, value=0.5)))
+  assert (record.seed, other.seed, other.ema.fast.value) == (0, 3, 0.5)
+  assert 'config.seed: must not be negative' in refusal(record.replace, seed=-1)
+
+
+def test_what_may_change_while_a_run_continues():
+  for key in ('every.log_steps', 'samplers.x.fn', 'data.path', 'keep_checkpoints'):
+    assert may_change(f'config.{key}'), key
+  for key in ('seed', 'data.fn', 'data.paths', 'network.width', 'ema.slow.value'):
+    assert not may_change(f'config.{key}'), key
 
 
 BAD_VALUES = {
-  'evaluation.samples': (1, 'config.evaluation.samples: must be between 2 and '),
+  'evaluation.num_samples': (
+    1,
+    'config.evaluation.num_samples: must be between 2 and ',
+  ),
   'total_images': (10**100, 'config.total_images: must not exceed 2**53'),
   'every.checkpoint_steps': (2**40, 'config.every.checkpoint_steps: must be between'),
   'evaluation.seed': (2**32, 'config.evaluation.seed: must be between 0 and 4,294,967'),
   'batchsize': (8, 'config.batchsize: unknown key, did you mean batch_size?'),
   'every.log_step': (1, 'config.every.log_step: unknown key, did you mean log_steps?'),
   'seed': (..., 'config.seed: missing; configs/parts.py:base() holds every key'),
-  'evaluation.pictured': (..., 'config.evaluation.pictured: missing; '),
+  'evaluation.num_pictured': (..., 'config.evaluation.num_pictured: missing; '),
   'batch_size': (8.0, 'config.batch_size: must be int, got 8.0'),
   'max_skipped_steps': (True, 'config.max_skipped_steps: must be int, got True'),
   'init_from': (None, 'config.init_from: must be str, got None'),
@@ -63,16 +107,16 @@ BAD_VALUES = {
 @pytest.mark.parametrize('key', BAD_VALUES)
 def test_a_mistake_at_the_top_level_names_the_key(key, config):
   value, told = BAD_VALUES[key]
-  assert refusal(configs.checked, changed(config, key, value)).startswith(told)
+  assert refusal(checked, changed(config, key, value)).startswith(told)
 
 
 def test_load_refuses_a_file_that_is_not_there():
-  told = refusal(configs.load, 'configs/no_such_config.py')
+  told = refusal(load, 'configs/no_such_config.py')
   assert told.startswith("--config: no file 'configs/no_such_config.py'")
 
 
 def test_a_config_may_import_its_neighbours_and_is_checked(tmp_path, monkeypatch):
-  monkeypatch.setattr(sys, 'path', sys.path.copy())
+  monkeypatch.setattr(sys, 'meta_path', sys.meta_path.copy())
   (tmp_path / 'a_neighbour.py').write_text('KEY = "batchsize"\n')
   (tmp_path / 'own.py').write_text(
     'import a_neighbour\n'
@@ -80,30 +124,30 @@ def test_a_config_may_import_its_neighbours_and_is_checked(tmp_path, monkeypatch
     'def get_config():\n'
     '  return ConfigDict({a_neighbour.KEY: 8})\n'
   )
-  told = refusal(configs.load, tmp_path / 'own.py')
+  told = refusal(load, tmp_path / 'own.py')
   assert told == 'config.batchsize: unknown key, did you mean batch_size?'
 
 
 def test_what_must_be_given_is_named_wherever_it_is(config):
-  configs.require(config)
+  require(checked(config))
   for key in ('init_from', 'network.dtype'):
-    told = refusal(configs.require, changed(config, key, configs.REQUIRED))
+    told = refusal(require, checked(changed(config, key, REQUIRED)))
     assert told == f'config.{key}: must be given, as in --config.{key}=VALUE'
 
 
 def test_differences_are_told_by_key(config):
-  assert configs.differences(config, config.copy_and_resolve_references()) == {}
+  assert differences(config, config.copy_and_resolve_references()) == {}
   other = changed(config, 'batch_size', 7)
   other = changed(other, 'network.width', ...)
   other.ema.fast = dict(fn=LEAF, value=0.9)
-  assert configs.differences(config, other) == {
+  assert differences(config, other) == {
     'config.batch_size': f'{config.batch_size} -> 7',
     'config.ema.fast.fn': f'absent -> {LEAF}',
     'config.ema.fast.value': 'absent -> 0.9',
     'config.network.width': f'{config.network.width} -> absent',
   }
   other = changed(config, 'network.sizes', [1, 2])
-  assert configs.differences(other, changed(config, 'network.sizes', (1, 2))) == {}
+  assert differences(other, changed(config, 'network.sizes', (1, 2))) == {}
 
 
 def test_a_config_may_import_those_that_ship_and_leaves_no_name_of_theirs(tmp_path):
@@ -114,26 +158,26 @@ def test_a_config_may_import_those_that_ship_and_leaves_no_name_of_theirs(tmp_pa
     '  c.network.width = int(width)\n'
     '  return c\n'
   )
-  assert configs.load(f'{tmp_path / "own.py"}:24').network.width == 24
+  assert load(f'{tmp_path / "own.py"}:24').network.width == 24
   assert not {'own', 'edm', 'parts', 'config_own'} & set(sys.modules)
 
 
 def test_a_mistake_in_a_config_file_keeps_its_traceback(tmp_path):
   (tmp_path / 'own.py').write_text('def get_config():\n  raise ValueError("mine")\n')
   with pytest.raises(ValueError, match='mine') as error:
-    configs.load(tmp_path / 'own.py')
+    load(tmp_path / 'own.py')
   assert not isinstance(error.value, UserError)
   (tmp_path / 'none.py').write_text('x = 3\n')
-  assert 'has no function get_config' in refusal(configs.load, tmp_path / 'none.py')
+  assert 'has no function get_config' in refusal(load, tmp_path / 'none.py')
 
 
 def test_configs_that_ship_load_by_name_anywhere(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  assert configs.load('ect:digits') == configs.load(ROOT / 'configs' / 'ect.py:digits')
-  assert refusal(configs.load, 'etc:digits').startswith(
+  assert load('ect:digits') == load(ROOT / 'configs' / 'ect.py:digits')
+  assert refusal(load, 'etc:digits').startswith(
     "--config: no config 'etc', did you mean ect?"
   )
-  known = configs.shipped()
+  known = shipped()
   assert set(known) == {p.stem for p in (ROOT / 'configs').glob('[a-z]*.py')} - {
     'parts'
   }
@@ -142,11 +186,11 @@ def test_configs_that_ship_load_by_name_anywhere(tmp_path, monkeypatch):
 
 def test_the_config_of_a_run_is_loaded_as_data(tmp_path, config):
   path = tmp_path / 'config.json'
-  path.write_text(configs.to_json(config))
-  assert configs.load(path) == config
+  path.write_text(to_json(config))
+  assert load(path) == checked(config)
   del (older := json.loads(path.read_text()))['mesh']
   path.write_text(json.dumps(older))
-  assert configs.load(path) == config  # a key that did not exist then is filled in
+  assert load(path) == checked(config)  # with the default of a newer key
 
 
 @pytest.mark.parametrize(
@@ -154,7 +198,7 @@ def test_the_config_of_a_run_is_loaded_as_data(tmp_path, config):
   ['[]', '3', 'null', '{}', '', '{', '"x"', '[' * 100_000, '{"a":' * 100_000, '\0'],
 )
 def test_json_that_is_no_config_is_one_line(text):
-  told = refusal(configs.from_json, text, 'RUN/config.json')
+  told = refusal(from_json, text, 'RUN/config.json')
   assert told.startswith('RUN/config.json: holds no config (')
   assert len(told) < 300
 
@@ -170,9 +214,9 @@ OVERRIDES = {
   'mesh.fsdp=True': True,
   'optimizer.learning_rate.peak=3e-4': 3e-4,
   'optimizer.eps_root=1e-3': 1e-3,  # a keyword of the function that the config has not
-  'samplers.heun.steps=5': 5,
+  'samplers.heun.num_steps=5': 5,
   'objective.label_dropout=0.25': 0.25,
-  'target_rate.fn=cmjax.schedules:constant': 'cmjax.schedules:constant',
+  'target_decay.fn=cmjax.schedules:constant': 'cmjax.schedules:constant',
   'samplers.mine.fn=cmjax.samplers:one_step': 'cmjax.samplers:one_step',
 }
 
@@ -180,22 +224,22 @@ OVERRIDES = {
 @pytest.mark.parametrize('flag', OVERRIDES)
 def test_a_value_is_set_from_text(flag, config):
   key, _, text = flag.partition('=')
-  configs.override(config, key, text)
+  override(config, key, text)
   value = config
   for name in key.split('.'):
     value = value[name]
   assert value == OVERRIDES[flag]
   assert type(value) is type(OVERRIDES[flag])
-  configs.checked(config)
+  checked(config)
 
 
 def test_a_tuple_is_set_from_text_with_brackets_or_without():
-  config = configs.load('ect:digits')
+  config = read('ect:digits')
   for text in ('(80.0, 0.5)', '[80.0, 0.5]', '80.0,0.5'):
-    configs.override(config, 'samplers.two_steps.times', text)
-    assert config.samplers.two_steps.times == (80.0, 0.5)
-  configs.override(config, 'samplers.two_steps.times', '80.0')
-  assert config.samplers.two_steps.times == (80.0,)
+    override(config, 'samplers.two_steps.sigmas', text)
+    assert config.samplers.two_steps.sigmas == (80.0, 0.5)
+  override(config, 'samplers.two_steps.sigmas', '80.0')
+  assert config.samplers.two_steps.sigmas == (80.0,)
 
 
 BAD_OVERRIDES = {
@@ -212,7 +256,7 @@ BAD_OVERRIDES = {
   'seed=many': "--config.seed=many: must be int, got 'many'",
   'batch_size=1e3': "--config.batch_size=1e3: must be int, got '1e3'",
   'network.log_weight=2': "--config.network.log_weight=2: must be bool, got '2'",
-  'network=5': '--config.network: holds keys of its own; set one of blocks, clocks,',
+  'network=5': '--config.network: has keys of its own; set one of ',
   'seed.x=5': '--config.seed.x: config.seed is a value, without keys',
   'seed=': "--config.seed=: must be int, got ''",
   f'seed={"9" * 100_000}': '--config.seed=9999',
@@ -223,32 +267,33 @@ BAD_OVERRIDES = {
 
 @pytest.mark.parametrize('flag', BAD_OVERRIDES)
 def test_a_mistake_in_a_flag_names_the_key_and_its_neighbour(flag, config):
-  before = configs.to_json(config)
+  before = to_json(config)
   key, _, text = flag.partition('=')
-  told = refusal(configs.override, config, key, text)
+  told = refusal(override, config, key, text)
   assert told.startswith(BAD_OVERRIDES[flag])
   assert len(told) < 700
-  assert configs.to_json(config) == before
+  assert to_json(config) == before
 
 
 def test_a_student_follows_a_teacher_that_is_set_by_a_flag():
-  config = configs.load('cd:digits')
-  configs.override(config, 'teacher', 'runs/edm')
-  assert config.init_from == 'runs/edm'
+  config = load('cd:digits', overrides=[('teacher', 'runs/edm')])
+  assert (config.teacher, config.init_from) == ('runs/edm', 'runs/edm')
+  both = [('teacher', 'runs/edm'), ('init_from', 'runs/other')]
+  assert load('cd:digits', overrides=both).init_from == 'runs/other'
 
 
 @pytest.mark.parametrize('name', ['edm.py:digits', 'ect.py:cifar10', 'ct.py:toy2d'])
 def test_json_and_back_is_the_same_config(name):
-  config = configs.load(ROOT / 'configs' / name)
-  again = configs.from_json(configs.to_json(config))
-  assert again == config
-  assert configs.differences(config, again) == {}
-  assert configs.checked(again) is again
+  config = load(ROOT / 'configs' / name)
+  again = from_json(to_json(config))
+  assert checked(again) == config
+  assert differences(config, again) == {}
+  assert to_json(checked(again)) == to_json(again) == to_json(config)
 
 
 def test_tuples_survive_json():
-  config = configs.ConfigDict(dict(a=(1, (2.5, 'x')), b=dict(empty=()), c=None))
-  again = configs.from_json(configs.to_json(config))
+  config = ConfigDict(dict(a=(1, (2.5, 'x')), b=dict(empty=()), c=None))
+  again = from_json(to_json(config))
   assert again.a == (1, (2.5, 'x'))
   assert again.b.empty == ()
   assert again.c is None

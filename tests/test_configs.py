@@ -7,9 +7,13 @@ import jax
 import numpy as np
 import pytest
 
-from cmjax import build, checkpoint, core, data, pretrained, sharding, train
-from cmjax import config as configs
-from cmjax import run as runs
+from cmjax import core, train
+from cmjax.data import tfds
+from cmjax.data.source import Source
+from cmjax.runtime import build, checkpoint, pretrained, sharding
+from cmjax.runtime.config import REQUIRED, checked, require
+from cmjax.runtime.config_files import read
+from cmjax.runtime.run import prepare
 from tests.conftest import ROOT
 
 FILES = sorted(
@@ -20,18 +24,18 @@ CONFIGS = [f'{path.stem}.py:{name}' for path in FILES for name in DATA]
 CONFIGS += ['ect.py:cifar10_1h', 'stable_ct.py:cifar10_phased']
 CONFIGS += ['ect.py:imagenet64', 'ect.py:imagenet64_xl']
 SMALLER = {
-  'cmjax.networks.mlp:mlp': dict(width=16, blocks=1, embedding=8),
+  'cmjax.networks.mlp:mlp': dict(width=16, num_blocks=1, embedding=8),
   'cmjax.networks.songunet:songunet': dict(
-    channels=8, channel_mult=(1,), blocks=1, attention=(8,)
+    channels=8, channel_mult=(1,), num_blocks=1, attention_resolutions=(8,)
   ),
   'cmjax.networks.edm2:edm2': dict(
-    channels=8, channel_mult=(1,), blocks=1, attention=()
+    channels=8, channel_mult=(1,), num_blocks=1, attention_resolutions=()
   ),
 }
 
 
 def load(name):
-  return configs.load(ROOT / 'configs' / name)
+  return read(ROOT / 'configs' / name)
 
 
 def shrunken(name):
@@ -49,31 +53,31 @@ def shrunken(name):
 def stand_ins(monkeypatch):
   """For CIFAR-10, which a fresh machine does not have, and for trained teachers."""
   pixels = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 3)).astype(np.uint8)
-  source = data.Source('noise', pixels, None, 0, 0.0, 255.0, 127.5, 1 / 127.5, False)
+  source = Source('noise', pixels, None, 0, 0.0, 255.0, 127.5, 1 / 127.5, False)
 
-  @functools.wraps(data.tfds)  # with its signature, which configs are checked against
-  def tfds(**keywords):
+  @functools.wraps(tfds.tfds)  # with its signature, which configs are checked against
+  def stand_in(**keywords):
     return source
 
   def teacher_of(config):
     def load(path, *, trust, mesh, say):
       network, f = build.build_model(config)
       data = build.build(config.data, 'config.data')
-      inputs = pretrained.example_inputs(data.shape, data.classes, network.clocks)
+      inputs = pretrained.example_inputs(data.shape, data.classes, network.num_times)
       zeros = jax.tree.map(lambda a: jax.numpy.zeros(a.shape, a.dtype), inputs)
       params = network.init(jax.random.key(1), *zeros)
       return pretrained.Pretrained(f, params, config, 0, data.shape, data.classes)
 
     monkeypatch.setattr(pretrained, 'load', load)
 
-  monkeypatch.setattr(data, 'tfds', tfds)
+  monkeypatch.setattr(tfds, 'tfds', stand_in)
   return teacher_of
 
 
 def prepared(name, stand_ins):
   config = shrunken(name)
   stand_ins(config)
-  return runs.prepare(config, sharding.data_mesh(jax.devices()[:1]))
+  return prepare(config, sharding.data_mesh(jax.devices()[:1]))
 
 
 @pytest.mark.parametrize('path', FILES, ids=lambda p: p.stem)
@@ -86,18 +90,18 @@ def test_config_says_how_to_reproduce_it(path):
   for flag in ('init_from', 'teacher'):
     given = f'--config.{flag}=' in docstring
     followed = needed.teacher and flag == 'init_from'  # one flag gives both
-    assert given == (needed[flag] == configs.REQUIRED and not followed)
+    assert given == (needed[flag] == REQUIRED and not followed)
 
 
 @pytest.mark.parametrize('name', CONFIGS)
 def test_config_is_whole(name):
   config = load(name)
-  missing = [key for key in ('init_from', 'teacher') if config[key] == configs.REQUIRED]
+  missing = [key for key in ('init_from', 'teacher') if config[key] == REQUIRED]
   if missing:
     with pytest.raises(core.UserError, match=r'config\.\w+: must be given'):
-      configs.require(config)
+      require(checked(config))
     config.teacher, config.init_from = 'there', 'there'
-  configs.require(config)
+  require(checked(config))
 
 
 def test_a_teacher_is_also_where_its_student_starts():
@@ -126,7 +130,7 @@ def test_config_takes_two_steps(path, stand_ins):
   run = prepared(f'{path.name}:digits', stand_ins)
   before = train.first_state(run)
   step = jax.jit(
-    train.make_train_step(run.loss, run.tx, run.ema_rates, run.target_rate, seed=0)
+    train.make_train_step(run.loss, run.tx, run.ema_decays, run.target_decay, seed=0)
   )
   # Two steps: a learning rate that warms up from zero moves nothing in the first.
   state, first = step(before, run.frozen, train.batch(run, 0))

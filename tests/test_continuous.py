@@ -15,9 +15,10 @@ from cmjax import (
   schedules,
   solvers,
   times,
+  weightings,
 )
 from cmjax.networks import mlp, songunet
-from cmjax.objectives import continuous, discrete
+from cmjax.objectives import consistency, continuous
 
 GAUSSIAN = oracles.gaussian(np.array([0.3, -0.2]), 0.4)
 MIXTURE = oracles.Mixture(
@@ -52,7 +53,9 @@ METRICS = {
 @pytest.fixture
 def model(x64):
   """A smooth network that is far from consistent, and weights for it."""
-  network = mlp.mlp(width=16, blocks=1, embedding=8, noise_scale=2.0, dtype='float64')
+  network = mlp.mlp(
+    width=16, num_blocks=1, embedding=8, noise_scale=2.0, dtype='float64'
+  )
   example = jnp.zeros((1, 2)), jnp.zeros(1), None
   shapes = jax.eval_shape(network.init, jax.random.key(0), *example)
   draw = np.random.default_rng(0)
@@ -60,12 +63,12 @@ def model(x64):
   return precond.consistency(network), params
 
 
-def clock(u):
-  return times.karras_clock(u, sigma_min=0.01, sigma_max=10.0)
+def tau(u):
+  return times.karras_time(u, sigma_min=0.01, sigma_max=10.0)
 
 
 def draws(n=32):
-  """Data, noise, and where on the clock the cleaner point of each pair lies."""
+  """Data, noise, and u of the cleaner point of each pair."""
   draw = np.random.default_rng(1)
   x0 = oracles.sample(MIXTURE, jax.random.key(1), n).astype(float)
   return x0, jnp.asarray(draw.normal(size=x0.shape)), jnp.asarray(draw.uniform(size=n))
@@ -96,30 +99,28 @@ def assert_first_order(found):
 
 
 def pairs_at(field_name, n):
-  """Both points of the pairs of an n-point grid, upper and lower."""
+  """Pairs of neighbours of an n-point grid: x_t, x_r, t and r."""
   x0, z, u = draws()
-  upper, lower = clock(u + 1 / (n - 1)), clock(u)
+  upper, lower = tau(u + 1 / (n - 1)), tau(u)
   field = field_of(field_name, x0, z)
-  x_t = process.point(process.VE, x0, z, upper)
-  return field, x_t, upper, lower
+  x_t = process.perturb(process.VE, x0, z, upper)
+  x_r = solvers.euler(field, x_t, upper, lower)
+  return x_t, x_r, upper, lower
 
 
 def limit_at(model, kernel, field_name, metric, power):
   """The kernel's value and gradient at the lower points, weighed by tau'^power."""
   f, params = model
   x0, z, u = draws()
-  t, speed = jax.jvp(clock, (u,), (jnp.ones_like(u),))
-  x_t = process.point(process.VE, x0, z, t)
+  t, speed = jax.jvp(tau, (u,), (jnp.ones_like(u),))
+  x_t = process.perturb(process.VE, x0, z, t)
 
   def value(params):
     out = kernel(
       f,
       core.Nets(params),
       field_of(field_name, x0, z),
-      x_t,
-      t,
-      None,
-      None,
+      core.Noisy(x_t, t, None, None),
       distance=METRICS[metric],
       weighting=lambda t, r: speed**power,
     )
@@ -133,8 +134,7 @@ def live_pairs(model, metric, field_name):
   f, params = model
 
   def value(params, n):
-    field, x_t, t, r = pairs_at(field_name, n)
-    x_r = solvers.euler(field, x_t, t, r)
+    x_t, x_r, t, r = pairs_at(field_name, n)
     pair = (f(params, x, s, None) for x, s in ((x_t, t), (x_r, r)))
     return jnp.sum(METRICS[metric](*pair))
 
@@ -158,19 +158,15 @@ def discrete_gradients(model, metric, field_name):
   f, params = model
 
   def value(params, n):
-    field, x_t, t, r = pairs_at(field_name, n)
-    out = discrete.pair(
+    x_t, x_r, t, r = pairs_at(field_name, n)
+    out = consistency.pair_loss(
       f,
       core.Nets(params),
-      field,
-      x_t,
-      t,
+      core.Noisy(x_t, t, None, None),
+      x_r,
       r,
-      None,
-      None,
-      solver=solvers.euler,
       distance=METRICS[metric],
-      weighting=distances.uniform(),
+      weighting=weightings.uniform(),
     )
     return jnp.sum(out.loss)
 
@@ -210,21 +206,23 @@ def test_the_exact_map_has_no_defect_and_another_has(oracle, bound, x64):
     return exact + shift * core.expand(jnp.log(t), x)
 
   x0, z, u = draws(8)
-  t = clock(u)
-  x_t = process.point(process.VE, x0, z, t)
+  t = tau(u)
+  x_t = process.perturb(process.VE, x0, z, t)
 
   @jax.jit
   def defect(shift):
-    return continuous.tangent(f, shift, oracles.field(oracle), x_t, t, None, None)[1]
+    noisy = core.Noisy(x_t, t, None, None)
+    return continuous.tangent(f, shift, oracles.field(oracle), noisy)[1]
 
   assert np.max(np.abs(defect(0.0))) <= bound
   assert np.min(np.abs(defect(0.1))) > 1e-3
 
   @jax.jit
   def losses(shift):
-    arguments = f, core.Nets(shift), oracles.field(oracle), x_t, t, None, None
+    noisy = core.Noisy(x_t, t, None, None)
+    arguments = f, core.Nets(shift), oracles.field(oracle), noisy
     kernels = continuous.true_loss, continuous.pseudo_loss
-    metric = dict(distance=distances.squared_l2(), weighting=distances.uniform())
+    metric = dict(distance=distances.squared_l2(), weighting=weightings.uniform())
     return [kernel(*arguments, **metric).loss for kernel in kernels]
 
   assert np.max(losses(0.0)) <= bound**2
@@ -250,22 +248,16 @@ def test_the_mean_of_training_tangents_is_the_distillation_tangent(t, model):
   f, params = model
   n, x = 20_000, np.array([0.4, -0.3])
   x0, z = posterior_draws(MIXTURE, x, t, n)
-  x_t, ts = jnp.tile(jnp.asarray(x), (n, 1)), jnp.full(n, t)
+  noisy = core.Noisy(jnp.tile(jnp.asarray(x), (n, 1)), jnp.full(n, t), None, None)
 
-  @jax.jit
-  def along(field, x_t, ts):
-    return continuous.tangent(f, params, field, x_t, ts, None, None)[1]
+  def tangent(field, noisy):
+    return continuous.tangent(f, params, field, noisy)[1]
 
   drawn = np.asarray(
-    jax.jit(
-      lambda x0, z: continuous.tangent(
-        f, params, fields.conditional(process.VE, x0, z), x_t, ts, None, None
-      )[1]
-    )(x0, z)
+    jax.jit(lambda x0, z: tangent(fields.conditional(process.VE, x0, z), noisy))(x0, z)
   )
-  exact = continuous.tangent(
-    f, params, oracles.field(MIXTURE), x_t[:1], ts[:1], None, None
-  )[1][0]
+  one = core.Noisy(noisy.x[:1], noisy.t[:1], None, None)
+  exact = tangent(oracles.field(MIXTURE), one)[0]
   error = (drawn.mean(0) - exact) / (drawn.std(0) / n**0.5)
   assert np.max(np.abs(error)) < 3  # standard errors, of two coordinates
 
@@ -278,10 +270,7 @@ def test_the_variance_of_training_tangents_of_a_gaussian_is_closed_form(t, x64):
     lambda params, x, t, cond, *, key=None: oracles.consistency(GAUSSIAN, x, t),
     None,
     fields.conditional(process.VE, x0, z),
-    jnp.tile(jnp.asarray(x), (n, 1)),
-    jnp.full(n, t),
-    None,
-    None,
+    core.Noisy(jnp.tile(jnp.asarray(x), (n, 1)), jnp.full(n, t), None, None),
   )
   s, end = 0.4, 0.002
   exact = s**2 * (s**2 + end**2) / (s**2 + t**2) ** 2
@@ -295,39 +284,39 @@ def test_the_variance_of_training_tangents_of_a_gaussian_is_closed_form(t, x64):
 def test_the_gradient_stops_at_the_tangent_and_the_value_measures_it(model):
   f, params = model
   x0, z, u = draws(8)
-  t = clock(u)
-  x_t, field = process.point(process.VE, x0, z, t), field_of('conditional', x0, z)
-  metric = dict(distance=distances.squared_l2(), weighting=distances.inverse_time())
+  t = tau(u)
+  x_t, field = process.perturb(process.VE, x0, z, t), field_of('conditional', x0, z)
+  noisy = core.Noisy(x_t, t, None, None)
+  metric = dict(distance=distances.squared_l2(), weighting=weightings.inverse_time())
 
   def loss(params):
-    out = continuous.pseudo_loss(
-      f, core.Nets(params), field, x_t, t, None, None, **metric
-    )
+    out = continuous.pseudo_loss(f, core.Nets(params), field, noisy, **metric)
     return jnp.sum(out.loss), out
 
   (_, out), gradient = jax.value_and_grad(loss, has_aux=True)(params)
-  _, dy = continuous.tangent(f, params, field, x_t, t, None, None)
+  _, dy = continuous.tangent(f, params, field, noisy)
   length = np.sum(np.asarray(dy) ** 2, axis=1)
   np.testing.assert_allclose(out.loss, 2 * length / np.asarray(t), rtol=1e-12)
   np.testing.assert_allclose(out.aux['tangent'], np.sqrt(length), rtol=1e-12)
 
-  def by_hand(params):
+  def written_out(params):
     return jnp.sum(f(params, x_t, t, None) * 2 * dy / t[:, None])
 
-  np.testing.assert_allclose(flat(gradient), flat(jax.grad(by_hand)(params)), rtol=1e-9)
+  np.testing.assert_allclose(
+    flat(gradient), flat(jax.grad(written_out)(params)), rtol=1e-9
+  )
 
 
 def test_a_target_network_gives_the_tangent(model):
   f, params = model
   other = jax.tree.map(lambda a: 0.9 * a, params)
   x0, z, u = draws(8)
-  t = clock(u)
-  x_t, field = process.point(process.VE, x0, z, t), field_of('conditional', x0, z)
-  metric = dict(distance=distances.squared_l2(), weighting=distances.uniform())
-  out = continuous.pseudo_loss(
-    f, core.Nets(params, other), field, x_t, t, None, None, **metric
-  )
-  _, dy = continuous.tangent(f, other, field, x_t, t, None, None)
+  t = tau(u)
+  x_t, field = process.perturb(process.VE, x0, z, t), field_of('conditional', x0, z)
+  noisy = core.Noisy(x_t, t, None, None)
+  metric = dict(distance=distances.squared_l2(), weighting=weightings.uniform())
+  out = continuous.pseudo_loss(f, core.Nets(params, other), field, noisy, **metric)
+  _, dy = continuous.tangent(f, other, field, noisy)
   np.testing.assert_allclose(out.aux['tangent'], jnp.linalg.norm(dy, axis=1))
 
 
@@ -348,29 +337,29 @@ def test_theorem_3_refuses_a_metric_without_second_derivatives(metric):
       plain,
       times=LOGNORMAL,
       distance=METRICS[metric],
-      weighting=distances.uniform(),
+      weighting=weightings.uniform(),
     )
 
 
 @pytest.mark.parametrize('metric', ['squared_l2', 'pseudo_huber'])
-def test_theorem_4_refuses_what_is_no_norm(metric):
+def test_theorem_4_refuses_distances_that_are_not_norms(metric):
   with pytest.raises(ValueError, match='needs a norm'):
     continuous.theorem4(
       plain,
       plain,
       times=LOGNORMAL,
       distance=METRICS[metric],
-      weighting=distances.uniform(),
+      weighting=weightings.uniform(),
     )
 
 
 def test_a_weighting_that_vanishes_in_the_limit_is_refused():
-  with pytest.raises(ValueError, match='vanishes where r = t'):
+  with pytest.raises(ValueError, match=r'vanishes .*where r = t'):
     continuous.ct(
       plain,
       times=LOGNORMAL,
       distance=distances.squared_l2(),
-      weighting=distances.inverse_gap(),
+      weighting=weightings.inverse_gap(),
     )
 
 
@@ -380,7 +369,7 @@ def test_guidance_without_labels_is_refused():
     plain,
     times=LOGNORMAL,
     distance=distances.squared_l2(),
-    weighting=distances.uniform(),
+    weighting=weightings.uniform(),
     guidance=2.0,
   )
   batch = core.Batch(jnp.zeros((4, 2)), None)
@@ -393,13 +382,19 @@ def test_guidance_without_labels_is_refused():
 
 def test_a_continuous_step_costs_what_a_discrete_one_does():
   network = songunet.songunet(
-    channels=16, channel_mult=(1, 2), blocks=1, attention=(8,), dropout=0.1
+    channels=16,
+    channel_mult=(1, 2),
+    num_blocks=1,
+    attention_resolutions=(8,),
+    dropout=0.1,
   )
   f = precond.consistency(network)
-  bins = schedules.constant(value=18.0)
-  metric = dict(distance=distances.squared_l2(), weighting=distances.uniform())
+  num_scales = schedules.constant(value=18.0)
+  metric = dict(distance=distances.squared_l2(), weighting=weightings.uniform())
   losses = {
-    'discrete': discrete.ct(f, pairs=times.karras_pairs(bins=bins), **metric),
+    'discrete': consistency.ct(
+      f, pairs=times.karras_pairs(num_scales=num_scales), **metric
+    ),
     'continuous': continuous.ct(f, times=times.karras_uniform(), **metric),
   }
   image, level = jnp.zeros((1, 16, 16, 3)), jnp.zeros(1)

@@ -1,12 +1,12 @@
-"""What continuous objectives pull by, where it vanishes, and what builders hand on."""
+"""Gradients of continuous-time objectives: closed forms, zeros, limits, builders."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cmjax import core, distances, fields, oracles, process, solvers, times
-from cmjax.objectives import continuous, discrete
+from cmjax import core, distances, fields, oracles, process, solvers, times, weightings
+from cmjax.objectives import consistency, continuous
 
 GAUSSIAN = oracles.gaussian(np.array([0.3, -0.2]), 0.4)
 MIXTURE = oracles.Mixture(
@@ -44,20 +44,20 @@ def weights(seed=0):
 
 
 def draws():
-  """Data, noise, and where on the clock they meet."""
+  """Data, noise, and and u of their times."""
   draw = np.random.default_rng(1)
   x0, z = (jnp.asarray(draw.normal(size=(ROWS, 2))) for _ in range(2))
   return 0.5 * x0, z, jnp.asarray(draw.uniform(size=ROWS))
 
 
-def clock(u):
-  return times.karras_clock(u, sigma_min=0.01, sigma_max=10.0)
+def tau(u):
+  return times.karras_time(u, sigma_min=0.01, sigma_max=10.0)
 
 
-def meeting(t):
-  """A field, and where it is asked: the straight paths of the draws at t."""
+def field_and_point(t):
+  """The conditional field of the draws, and x_t at times t."""
   x0, z, _ = draws()
-  return fields.conditional(process.VE, x0, z), process.point(process.VE, x0, z, t)
+  return fields.conditional(process.VE, x0, z), process.perturb(process.VE, x0, z, t)
 
 
 def flat(tree):
@@ -69,7 +69,7 @@ def distance_between(found, exact):
   return np.linalg.norm(found - exact) / np.linalg.norm(exact)
 
 
-# What a small defect is pulled by --------------------------------------------------
+# The cotangent of a small defect ---------------------------------------------------
 
 
 def two():
@@ -110,12 +110,12 @@ def test_the_cotangent_of_a_metric_of_features_is_by_its_matrix(x64):
 
 @pytest.mark.parametrize('metric', ['squared_l2', 'features', 'l2'])
 @pytest.mark.parametrize('own', [True, False], ids=['own', 'target'])
-def test_the_pseudo_objective_pulls_by_the_cotangent_of_the_still_tangent(
+def test_the_pseudo_objective_has_the_gradient_of_the_stopped_cotangent(
   metric, own, x64
 ):
   params, target = weights(), None if own else weights(seed=7)
-  t = clock(draws()[2])
-  field, x_t = meeting(t)
+  t = tau(draws()[2])
+  field, x_t = field_and_point(t)
   distance, w = METRICS[metric], np.asarray(1 / t)
 
   def loss(params):
@@ -123,12 +123,9 @@ def test_the_pseudo_objective_pulls_by_the_cotangent_of_the_still_tangent(
       model,
       core.Nets(params, target),
       field,
-      x_t,
-      t,
-      None,
-      None,
+      core.Noisy(x_t, t, None, None),
       distance=distance,
-      weighting=distances.inverse_time(),
+      weighting=weightings.inverse_time(),
     )
     return jnp.sum(out.loss), out
 
@@ -141,10 +138,10 @@ def test_the_pseudo_objective_pulls_by_the_cotangent_of_the_still_tangent(
   )(t, x0, z)
   pull = distances.limit_cotangent(distance, model(params, x_t, t, None), dy)
 
-  def by_hand(params):
+  def written_out(params):
     return jnp.sum(model(params, x_t, t, None) * pull * w[:, None])
 
-  assert distance_between(gradient, jax.grad(by_hand)(params)) < 1e-12  # float64
+  assert distance_between(gradient, jax.grad(written_out)(params)) < 1e-12  # float64
   value = w * np.sum(np.asarray(dy * pull), axis=1)
   np.testing.assert_allclose(out.loss, value, rtol=1e-11)
   assert np.min(value) > 0  # there is a defect, and the metric sees it
@@ -161,14 +158,14 @@ def test_a_model_without_a_defect_has_exactly_no_loss_and_no_gradient(kernel, me
   def still(params, x, t, cond, *, key=None):
     return params * jnp.ones_like(x)
 
-  t = clock(draws()[2])
+  t = tau(draws()[2])
   x_t, x0 = (jnp.ones((ROWS, 2)) * v for v in (0.7, 0.3))
   field = fields.conditional(process.VE, x0, x_t)
-  metric = dict(distance=METRICS[metric], weighting=distances.uniform())
+  metric = dict(distance=METRICS[metric], weighting=weightings.uniform())
 
   def loss(params):
-    at = field, x_t, t.astype(jnp.float32), None, None
-    return jnp.sum(kernel(still, core.Nets(params), *at, **metric).loss)
+    noisy = core.Noisy(x_t, t.astype(jnp.float32), None, None)
+    return jnp.sum(kernel(still, core.Nets(params), field, noisy, **metric).loss)
 
   assert jax.value_and_grad(loss)(0.7) == (0.0, 0.0)
 
@@ -181,14 +178,14 @@ def test_the_exact_map_has_no_gradient_and_another_has(kernel, oracle, bound, x6
   def f(shift, x, t, cond, *, key=None):
     return oracles.consistency(oracle, x, t) + shift * core.expand(jnp.log(t), x)
 
-  t = clock(draws()[2])
-  _, x_t = meeting(t)
-  metric = dict(distance=distances.squared_l2(), weighting=distances.uniform())
+  t = tau(draws()[2])
+  _, x_t = field_and_point(t)
+  metric = dict(distance=distances.squared_l2(), weighting=weightings.uniform())
 
   @jax.jit
   @jax.grad
   def gradient(shift):
-    at = oracles.field(oracle), x_t, t, None, None
+    at = oracles.field(oracle), core.Noisy(x_t, t, None, None)
     return jnp.sum(kernel(f, core.Nets(shift), *at, **metric).loss)
 
   # A sum over 32 defects times what the parameter does to them: 1 / t, up to 100.
@@ -205,11 +202,11 @@ SIZES = np.array([64.0, 1024.0, 16384.0])
   ('metric', 'weighting', 'scale', 'limit'),
   [
     # lambda, and what Theorems 5 and 6 make of it: lambda tau'.
-    ('features', distances.edm_weighting(), 1, lambda t, s: s / t**2 + s / 0.25),
-    ('squared_l2', distances.inverse_time(), 1, lambda t, s: s / t),
+    ('features', weightings.edm(), 1, lambda t, s: s / t**2 + s / 0.25),
+    ('squared_l2', weightings.inverse_time(), 1, lambda t, s: s / t),
     # For a norm lambda stays, and 1 / (t - r) grows as (N - 1) / tau'.
-    ('l2', distances.edm_weighting(), 0, lambda t, s: 1 / t**2 + 1 / 0.25),
-    ('l2', distances.inverse_gap(), -1, lambda t, s: 1 / s),
+    ('l2', weightings.edm(), 0, lambda t, s: 1 / t**2 + 1 / 0.25),
+    ('l2', weightings.inverse_gap(), -1, lambda t, s: 1 / s),
   ],
   ids=['features-edm', 'squared_l2-inverse_time', 'l2-edm', 'l2-inverse_gap'],
 )
@@ -220,18 +217,19 @@ def test_a_weighted_pair_has_the_weighted_limit(metric, weighting, scale, limit,
   @jax.jit
   @jax.grad
   def gradient(params, n):
-    t, r = clock(u + 1 / (n - 1)), clock(u)
-    field, x_t = meeting(t)
-    at = core.Nets(params), field, x_t, t, r, None, None
-    choices = dict(solver=solvers.euler, distance=metric, weighting=weighting)
-    return (n - 1) ** scale * jnp.sum(discrete.pair(model, *at, **choices).loss)
+    t, r = tau(u + 1 / (n - 1)), tau(u)
+    field, x_t = field_and_point(t)
+    x_r = solvers.euler(field, x_t, t, r)
+    at = core.Nets(params), core.Noisy(x_t, t, None, None), x_r, r
+    choices = dict(distance=metric, weighting=weighting)
+    return (n - 1) ** scale * jnp.sum(consistency.pair_loss(model, *at, **choices).loss)
 
   @jax.jit
   @jax.grad
   def exact(params):
-    t, speed = jax.jvp(clock, (u,), (jnp.ones_like(u),))
-    field, x_t = meeting(t)
-    at = core.Nets(params), field, x_t, t, None, None
+    t, speed = jax.jvp(tau, (u,), (jnp.ones_like(u),))
+    field, x_t = field_and_point(t)
+    at = core.Nets(params), field, core.Noisy(x_t, t, None, None)
     choices = dict(distance=metric, weighting=lambda t, r: limit(t, speed))
     return jnp.sum(continuous.pseudo_loss(model, *at, **choices).loss)
 
@@ -264,7 +262,7 @@ def labelled(params, x, t, cond, *, key=None):
 
 def build(name, **choices):
   builder, _, metric = BUILDERS[name]
-  choices = {'weighting': distances.uniform(), 'distance': METRICS[metric]} | choices
+  choices = {'weighting': weightings.uniform(), 'distance': METRICS[metric]} | choices
   models = (model,) if name == 'ct' else (model, labelled)
   return builder(*models, times=LOGNORMAL, **choices)
 
@@ -273,9 +271,9 @@ def build(name, **choices):
   ('name', 'guidance'),
   [('theorem3', 1.0), ('theorem4', 2.5), ('cd', 1.0), ('cd', 2.5), ('ct', None)],
 )
-def test_a_builder_hands_its_draws_and_its_field_to_the_kernel(name, guidance, x64):
+def test_a_builder_calls_its_kernel_with_its_draws_and_field(name, guidance, x64):
   _, kernel, metric = BUILDERS[name]
-  choices = dict(distance=METRICS[metric], weighting=distances.edm_weighting())
+  choices = dict(distance=METRICS[metric], weighting=weightings.edm())
   x0 = draws()[0]
   batch = core.Batch(x0, jnp.eye(2)[jnp.arange(ROWS) % 2])
   nets = core.Nets(weights(), teacher=weights(seed=7))
@@ -296,17 +294,17 @@ def test_a_builder_hands_its_draws_and_its_field_to_the_kernel(name, guidance, x
     free = model(nets.teacher, x, t, None)
     return (x - free - guidance * batch.cond) / t[:, None]
 
-  exact = kernel(model, nets, slope, x_t, t, None, None, **choices)
+  exact = kernel(model, nets, slope, core.Noisy(x_t, t, None, None), **choices)
   np.testing.assert_allclose(found.loss, exact.loss, rtol=1e-10)  # float64
-  np.testing.assert_allclose(found.aux['t'], t, rtol=1e-14)
+  np.testing.assert_allclose(found.aux['sigma'], t, rtol=1e-14)
   np.testing.assert_allclose(found.aux['tangent'], exact.aux['tangent'], rtol=1e-10)
 
 
 @pytest.mark.parametrize('name', BUILDERS)
 def test_a_weighting_that_vanishes_without_a_gap_is_refused(name):
   build(name)
-  with pytest.raises(ValueError, match='vanishes where r = t'):
-    build(name, weighting=distances.inverse_gap())
+  with pytest.raises(ValueError, match=r'vanishes .*where r = t'):
+    build(name, weighting=weightings.inverse_gap())
 
 
 @pytest.mark.parametrize('name', ['theorem3', 'theorem4', 'cd'])

@@ -1,7 +1,6 @@
-"""One table walks every objective, network, preconditioner and sampler.
+"""Contracts of all objectives, networks, preconditioners and samplers, from one table.
 
-What a new member must keep is written here once; a public function without a row in
-its table fails.
+A new member needs one row in its table; a public function without a row fails.
 """
 
 import functools
@@ -15,20 +14,22 @@ import pytest
 
 from cmjax import (
   core,
-  data,
   distances,
   fields,
   precond,
   samplers,
   schedules,
   times,
+  weightings,
 )
+from cmjax.data.reference import reference
+from cmjax.data.source import Source
 from cmjax.networks import adm, edm2, mlp, songunet
 from cmjax.objectives import (
+  consistency,
   continuous,
   denoise,
-  discrete,
-  meanflow,
+  flow_map,
   progressive,
   trigflow,
 )
@@ -36,27 +37,35 @@ from tests.conftest import ROOT
 
 ONE_STEP = jnp.int32(7)
 LOGNORMAL = times.lognormal(mean=-1.1, std=2.0)
-GRID = times.karras_pairs(bins=schedules.constant(value=18.0))
+GRID = times.karras_pairs(num_scales=schedules.constant(value=18.0))
 METRIC = dict(
-  distance=distances.pseudo_huber(c=0.01), weighting=distances.inverse_gap()
+  distance=distances.pseudo_huber(c=0.01), weighting=weightings.inverse_gap()
 )
 
-SQUARED = dict(distance=distances.squared_l2(), weighting=distances.uniform())
+SQUARED = dict(distance=distances.squared_l2(), weighting=weightings.uniform())
 GAP = schedules.constant(value=0.1)
 WARM = schedules.constant(value=0.5)
-TWO_TIMES = times.two_times(equal_share=0.5)
+TWO_TIMES = times.logit_normal_pairs(equal_fraction=0.5)
 
 # name: how to build it from a model f; a second f is the teacher's
 OBJECTIVES = {
   'denoise:edm': lambda f: denoise.edm(f, times=LOGNORMAL, label_dropout=0.2),
-  'discrete:ect': lambda f: discrete.ect(f, times=LOGNORMAL, gap=GAP, **METRIC),
-  'discrete:ct': lambda f: discrete.ct(f, pairs=GRID, **METRIC),
-  'discrete:ict': lambda f: discrete.ict(
-    f, bins=schedules.constant(value=18.0), c=0.01
+  'consistency:ect': lambda f: consistency.ect(
+    f, times=LOGNORMAL, relative_gap=GAP, **METRIC
   ),
-  'discrete:cd': lambda f: discrete.cd(f, f, pairs=GRID, guidance=1.5, **METRIC),
-  'discrete:stable_ct': lambda f: discrete.stable_ct(
-    f, times=LOGNORMAL, gap=GAP, threshold=0.3, block=3, edges=(0.4, 2.0), **METRIC
+  'consistency:ct': lambda f: consistency.ct(f, pairs=GRID, **METRIC),
+  'consistency:ict': lambda f: consistency.ict(
+    f, num_scales=schedules.constant(value=18.0), c=0.01
+  ),
+  'consistency:cd': lambda f: consistency.cd(f, f, pairs=GRID, guidance=1.5, **METRIC),
+  'consistency:stable_ct': lambda f: consistency.stable_ct(
+    f,
+    times=LOGNORMAL,
+    relative_gap=GAP,
+    sigma_threshold=0.3,
+    block_size=3,
+    edges=(0.4, 2.0),
+    **METRIC,
   ),
   'continuous:theorem3': lambda f: continuous.theorem3(
     f, f, times=LOGNORMAL, **SQUARED
@@ -72,26 +81,26 @@ OBJECTIVES = {
   'trigflow:scd': lambda f: trigflow.scd(
     f, f, times=LOGNORMAL, warmup=WARM, guidance=1.5
   ),
-  'meanflow:meanflow': lambda f: meanflow.meanflow(
-    f, pairs=TWO_TIMES, guidance=2.0, label_dropout=0.2, own_tangent=True
+  'flow_map:meanflow': lambda f: flow_map.meanflow(
+    f, pairs=TWO_TIMES, guidance=2.0, label_dropout=0.2, marginal_tangent=True
   ),
-  'meanflow:shortcut': lambda f: meanflow.shortcut(f, finest=8),
+  'flow_map:shortcut': lambda f: flow_map.shortcut(f, num_steps=8),
   'progressive:pd': lambda f: progressive.pd(
-    f, steps=schedules.constant(value=4.0), **SQUARED
+    f, num_steps=schedules.constant(value=4.0), **SQUARED
   ),
 }
 # Objectives of a family whose model has a form of its own; the others take EDM's.
-FORMS = {'trigflow': precond.trigflow, 'meanflow': precond.two_time}
-UNET = dict(channels=8, channel_mult=(1, 2), blocks=1, attention=(4,))
+FORMS = {'trigflow': precond.trigflow, 'flow_map': precond.two_time}
+UNET = dict(channels=8, channel_mult=(1, 2), num_blocks=1, attention_resolutions=(4,))
 # name: how to build it, and the shape of an example
 NETWORKS = {
   'mlp:mlp': (
-    lambda **kw: mlp.mlp(width=16, blocks=2, embedding=8, noise_scale=4.0, **kw),
+    lambda **kw: mlp.mlp(width=16, num_blocks=2, embedding=8, noise_scale=4.0, **kw),
     (4, 4, 1),
   ),
   'mlp:mlp of two times': (
     lambda **kw: mlp.mlp(
-      width=16, blocks=2, embedding=8, noise_scale=4.0, clocks=2, **kw
+      width=16, num_blocks=2, embedding=8, noise_scale=4.0, num_times=2, **kw
     ),
     (4, 4, 1),
   ),
@@ -120,14 +129,14 @@ PRECONDITIONERS = {
   'edm': (precond.edm, 0.0),  # and where its boundary f(x, t) = x lies
   'consistency': (precond.consistency, 0.002),
   'trigflow': (precond.trigflow, 0.0),
-  'two_time': (lambda n: precond.two_time(n._replace(clocks=2)), 0.0),
+  'two_time': (lambda n: precond.two_time(n._replace(num_times=2)), 0.0),
 }
 SAMPLERS = {
   'one_step': (samplers.one_step(), 1),  # and how often it evaluates the network
-  'multistep': (samplers.multistep(times=(80.0, 5.0, 0.8)), 3),
-  'ode': (samplers.ode(steps=18), 35),
+  'multistep': (samplers.multistep(sigmas=(80.0, 5.0, 0.8)), 3),
+  'ode': (samplers.ode(num_steps=18), 35),
   'phased': (samplers.phased(edges=(1.0, 5.0), skip=0.9), 3),
-  'flow_map': (samplers.flow_map(times=(80.0, 1.0)), 2),
+  'flow_map': (samplers.flow_map(sigmas=(80.0, 1.0)), 2),
 }
 # Samplers of a model of two times; the others take any.
 TWO_TIME = {'flow_map'}
@@ -165,18 +174,18 @@ SHAPE, CLASSES, BATCH = (4, 4, 1), 3, 8
 
 
 def small_model(name, labels=True, **keywords):
-  """A small network in the form its objective asks for, and weights of order one."""
+  """A small network in the form that its objective needs, and weights of order one."""
   family = name.partition(':')[0]
-  clocks = 2 if family == 'meanflow' else 1
+  num_times = 2 if family == 'flow_map' else 1
   network = mlp.mlp(
     width=16,
-    blocks=1,
+    num_blocks=1,
     embedding=8,
-    clocks=clocks,
+    num_times=num_times,
     log_weight=family == 'trigflow',
     **keywords,
   )
-  c_noise = jnp.zeros((1, clocks) if clocks > 1 else 1)
+  c_noise = jnp.zeros((1, num_times) if num_times > 1 else 1)
   cond = jnp.zeros((1, CLASSES)) if labels else None
   params = some_params(network, jnp.zeros((1, *SHAPE)), c_noise, cond)
   return FORMS.get(family, precond.edm)(network), params
@@ -205,10 +214,10 @@ def a_reference(labels=True):
   """As many more examples as in a batch, of the same classes."""
   x0 = np.random.default_rng(4).normal(size=(2 * BATCH, *SHAPE)).astype(np.float32)
   classes = np.arange(2 * BATCH) % CLASSES if labels else None
-  source = data.Source(
+  source = Source(
     'noise', 0.5 * x0, classes, CLASSES * labels, -9.0, 9.0, 0.0, 1.0, False
   )
-  return fields.Reference(*map(jnp.asarray, data.reference(source)))
+  return fields.Reference(*map(jnp.asarray, reference(source)))
 
 
 def keys():
@@ -229,7 +238,7 @@ def test_objective_gives_one_finite_number_an_example(objective):
   assert out.loss.shape == (BATCH,)
   assert out.loss.dtype == jnp.float32
   assert np.all(np.isfinite(out.loss))
-  assert 't' in out.aux
+  assert 'sigma' in out.aux
   assert all(v.shape == (BATCH,) for v in out.aux.values())
 
 
@@ -297,8 +306,8 @@ def exact_of_one_point(name):
     t = core.expand(t, x)
     return (jnp.cos(t) * x - CENTRE / 0.5) / jnp.sin(t) + off(params, x)
 
-  def velocity(params, x, clocks, cond, *, key=None):
-    return (x - CENTRE) / core.expand(clocks[:, 0], x) + off(params, x)
+  def velocity(params, x, c_noise, cond, *, key=None):
+    return (x - CENTRE) / core.expand(c_noise[:, 0], x) + off(params, x)
 
   def data_itself(params, x, t, cond, *, key=None):
     return CENTRE + off(params, x)
@@ -306,8 +315,8 @@ def exact_of_one_point(name):
   family = name.partition(':')[0]
   if family == 'trigflow':
     return precond.trigflow(core.Network(None, angle))
-  if family == 'meanflow':
-    return precond.two_time(core.Network(None, velocity, clocks=2))
+  if family == 'flow_map':
+    return precond.two_time(core.Network(None, velocity, num_times=2))
   return data_itself
 
 
@@ -335,26 +344,26 @@ def test_objective_leaves_nothing_to_learn_at_the_truth(name, x64):
 @pytest.mark.parametrize(
   'build',
   [
-    lambda f, d: discrete.ect(
-      f, times=LOGNORMAL, gap=GAP, distance=d, weighting=distances.uniform()
+    lambda f, d: consistency.ect(
+      f, times=LOGNORMAL, relative_gap=GAP, distance=d, weighting=weightings.uniform()
     ),
     lambda f, d: continuous.theorem3(
-      f, f, times=LOGNORMAL, distance=d, weighting=distances.uniform()
+      f, f, times=LOGNORMAL, distance=d, weighting=weightings.uniform()
     ),
     lambda f, d: continuous.cd(
-      f, f, times=LOGNORMAL, distance=d, weighting=distances.uniform()
+      f, f, times=LOGNORMAL, distance=d, weighting=weightings.uniform()
     ),
     lambda f, d: progressive.pd(
       f,
-      steps=schedules.constant(value=4.0),
+      num_steps=schedules.constant(value=4.0),
       distance=d,
-      weighting=distances.uniform(),
+      weighting=weightings.uniform(),
     ),
   ],
   ids=['ect', 'theorem3', 'continuous cd', 'pd'],
 )
 def test_objective_takes_a_distance_with_a_network(build):
-  f, params = small_model('discrete:ect', labels=False)
+  f, params = small_model('consistency:ect', labels=False)
 
   def measure(features, a, b):  # of a network with dead features
     def look(x):
@@ -381,14 +390,14 @@ def test_objective_takes_a_distance_with_a_network(build):
   for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(gradient)):
     # Features are an argument: twice as long, four times the squared difference.
     np.testing.assert_allclose(a, 4 * b, rtol=1e-4, atol=1e-6)
-  with pytest.raises(ValueError, match=r'give config\.perceptual'):
+  with pytest.raises(ValueError, match='parameters of its network'):
     jax.eval_shape(mean, params, None)
 
 
-# Levels t, and r by its share of t.
+# t, and r / t.
 EXTREMES = [(1e-3, 0.9), (300.0, 0.9), (1e-3, 0.0), (300.0, 0.0)]
 # Heun's step needs the field at r: such pairs have r > 0.
-NEVER_CLEAN = {'discrete:cd'}
+NEVER_CLEAN = {'consistency:cd'}
 
 
 @pytest.mark.parametrize('name', OBJECTIVES)
@@ -431,8 +440,8 @@ def test_objective_stays_finite_at_extreme_times(name, dtype, monkeypatch):
 
 def inputs(net, shape, dtype=jnp.float32):
   x = jax.random.normal(jax.random.key(5), (4, *shape), dtype)
-  c_noise = jnp.linspace(-1.5, 1.1, 4 * net.clocks, dtype=dtype)
-  c_noise = c_noise if net.clocks == 1 else jnp.reshape(c_noise, (4, net.clocks))
+  c_noise = jnp.linspace(-1.5, 1.1, 4 * net.num_times, dtype=dtype)
+  c_noise = c_noise if net.num_times == 1 else jnp.reshape(c_noise, (4, net.num_times))
   return x, c_noise, jax.nn.one_hot(jnp.arange(4) % CLASSES, CLASSES, dtype=dtype)
 
 
@@ -480,7 +489,7 @@ BUILDERS = [name for name in NETWORKS if ' ' not in name]
 @pytest.mark.parametrize('name', BUILDERS)
 def test_network_of_two_times_tells_them_apart(name):
   build, shape = NETWORKS[name]
-  net = build(clocks=2)
+  net = build(num_times=2)
   x, c_noise, cond = inputs(net, shape)
   params = some_params(net, x, c_noise, cond)
   apply = jax.jit(net.apply)
@@ -494,7 +503,7 @@ def test_network_of_two_times_tells_them_apart(name):
 
 
 @pytest.mark.parametrize('name', BUILDERS)
-def test_network_may_hold_a_weighting_of_its_own(name):
+def test_network_may_have_a_learned_weighting(name):
   build, shape = NETWORKS[name]
   net, plain = build(log_weight=True), build()
   arguments = inputs(net, shape)
@@ -517,9 +526,11 @@ def test_network_may_hold_a_weighting_of_its_own(name):
 
 
 @pytest.mark.parametrize('name', BUILDERS)
-@pytest.mark.parametrize('given', [dict(clocks=0), dict(clocks=2, log_weight=True)])
-def test_network_refuses_clocks_it_cannot_have(name, given):
-  with pytest.raises(ValueError, match=f'clocks.*{given["clocks"]}'):
+@pytest.mark.parametrize(
+  'given', [dict(num_times=0), dict(num_times=2, log_weight=True)]
+)
+def test_network_refuses_an_invalid_number_of_times(name, given):
+  with pytest.raises(ValueError, match=f'num_times.*{given["num_times"]}'):
     NETWORKS[name][0](**given)
 
 
@@ -565,7 +576,7 @@ def test_network_jvp_is_the_central_difference(name, x64):
 @pytest.mark.parametrize('name', UNETS)
 def test_every_attention_and_remat_compute_the_same(name):
   build, shape = NETWORKS[name]
-  build = functools.partial(build, channel_mult=(1,), attention=shape[:1])
+  build = functools.partial(build, channel_mult=(1,), attention_resolutions=shape[:1])
   net = build()
   arguments = inputs(net, shape)
   params = some_params(net, *arguments)
@@ -582,7 +593,10 @@ def test_every_attention_and_remat_compute_the_same(name):
     return loss(params)
 
   expected = gradient_of_jvp(net)
-  for other in (build(attend='chunked', remat=True), build(attend='fused')):
+  for other in (
+    build(attention_implementation='chunked', remat=True),
+    build(attention_implementation='fused'),
+  ):
     init = jax.eval_shape(other.init, jax.random.key(0), *arguments)
     assert jax.tree.structure(init) == jax.tree.structure(params)
     for a, b in zip(*map(jax.tree.leaves, (gradient_of_jvp(other), expected))):
@@ -629,15 +643,17 @@ def test_preconditioner_nears_its_boundary_in_first_order(name, x64):
 @pytest.mark.parametrize('name', PRECONDITIONERS)
 def test_preconditioner_is_float32_outside_a_bfloat16_network(name):
   build, _ = PRECONDITIONERS[name]
-  clocks = 2 if name == 'two_time' else 1
-  network = mlp.mlp(width=16, blocks=1, embedding=8, clocks=clocks, dtype='bfloat16')
+  num_times = 2 if name == 'two_time' else 1
+  network = mlp.mlp(
+    width=16, num_blocks=1, embedding=8, num_times=num_times, dtype='bfloat16'
+  )
   x, t = jnp.ones((2, *SHAPE)), jnp.ones(2)
-  params = some_params(network, x, t if clocks == 1 else jnp.ones((2, 2)), None)
+  params = some_params(network, x, t if num_times == 1 else jnp.ones((2, 2)), None)
   assert build(network)(params, x, t, None).dtype == jnp.float32
 
 
 @pytest.mark.parametrize('name', SAMPLERS)
-def test_sampler_counts_truthfully_and_keeps_samples_apart(name):
+def test_sampler_counts_its_evaluations_and_keeps_samples_apart(name):
   sampler, evaluations = SAMPLERS[name]
   calls = []
 
@@ -648,7 +664,7 @@ def test_sampler_counts_truthfully_and_keeps_samples_apart(name):
     return params * x / (1 + jnp.reshape(c_noise, (len(x), -1))[:, :1] ** 2)
 
   if name in TWO_TIME:
-    f = precond.two_time(core.Network(None, apply, clocks=2))
+    f = precond.two_time(core.Network(None, apply, num_times=2))
   else:
     f = precond.edm(core.Network(None, apply))
   with jax.disable_jit():  # so that a scan calls f as often as it runs

@@ -1,4 +1,4 @@
-"""Key streams, labels left out, and the two shape helpers."""
+"""Random keys, dropped labels, and shape functions."""
 
 import itertools
 
@@ -30,27 +30,29 @@ def test_streams_are_equal_for_equal_step_traced_or_not():
   assert bits(plain) == bits(traced) == bits(core.streams(jax.random.key(0), 5))
 
 
-def test_labels_are_dropped_in_their_share_of_the_rows():
-  n, share = 10_000, 0.3
+def test_labels_are_dropped_in_the_given_fraction_of_the_rows():
+  n, fraction = 10_000, 0.3
   cond = jnp.tile(jnp.eye(4), (n // 4, 1))
-  found = core.drop_labels(cond, jax.random.key(0), share)
+  found = core.drop_labels(cond, jax.random.key(0), fraction)
   dropped = np.all(np.asarray(found) == 0, axis=1)
   np.testing.assert_array_equal(found[~dropped], cond[~dropped])  # whole rows or none
   # Binomial, 4.5 standard deviations; and no label more than another.
-  assert abs(dropped.sum() - share * n) < 4.5 * np.sqrt(n * share * (1 - share))
+  assert abs(dropped.sum() - fraction * n) < 4.5 * np.sqrt(
+    n * fraction * (1 - fraction)
+  )
   each = dropped.reshape(-1, 4).sum(axis=0)
-  assert np.all(np.abs(each - share * n / 4) < 4.5 * np.sqrt(n / 4 * share * 0.7))
-  again = core.drop_labels(cond, jax.random.key(0), share)
+  assert np.all(np.abs(each - fraction * n / 4) < 4.5 * np.sqrt(n / 4 * fraction * 0.7))
+  again = core.drop_labels(cond, jax.random.key(0), fraction)
   np.testing.assert_array_equal(found, again)
 
 
-def test_no_label_is_dropped_without_a_share():
+def test_no_label_is_dropped_for_fraction_zero():
   cond = jnp.eye(3)
   assert core.drop_labels(cond, jax.random.key(0), 0) is cond
   assert core.drop_labels(None, jax.random.key(0), 0.0) is None
 
 
-def test_labels_that_are_not_there_cannot_be_dropped():
+def test_dropping_labels_needs_labels():
   with pytest.raises(ValueError, match=r'label_dropout=0\.1 needs labels'):
     core.drop_labels(None, jax.random.key(0), 0.1)
 

@@ -16,11 +16,28 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from cmjax import data, oracles, sharding
+from cmjax import oracles
 from cmjax.core import UserError
+from cmjax.data.blank import blank
+from cmjax.data.digits import digits
+from cmjax.data.files import from_path
+from cmjax.data.points import points
+from cmjax.data.reference import reference
+from cmjax.data.source import (
+  Source,
+  as_uint8,
+  as_x0,
+  batch_at,
+  check_batch,
+  clip,
+  one_hot,
+  placeholder,
+)
+from cmjax.data.tfds import DATA_DIR_VARIABLE, tfds
+from cmjax.runtime import sharding
 from tests.conftest import ROOT
 
-TFDS_COPY = os.environ.get(data.DATA_DIR_VARIABLE, '')
+TFDS_COPY = os.environ.get(DATA_DIR_VARIABLE, '')
 
 
 def source(n=10, conditional=True, flip=False, seed=0):
@@ -28,24 +45,24 @@ def source(n=10, conditional=True, flip=False, seed=0):
   images = np.random.default_rng(seed).integers(0, 256, (n, 4, 6, 3), np.uint8)
   images[:, 0, 0, 0] = np.arange(n)
   labels = np.arange(n) if conditional else None
-  return data.Source(
+  return Source(
     'noise', images, labels, n if conditional else 0, 0, 255, 127.5, 1 / 127.5, flip
   )
 
 
 def numbers(source, batch):
   """Which examples a batch holds."""
-  return data.as_uint8(source, batch.x0)[:, 0, 0, 0]
+  return as_uint8(source, batch.x0)[:, 0, 0, 0]
 
 
 def test_blank_images_take_no_memory_and_make_batches():
-  blank = data.blank(size=64, classes=1000, examples=1_281_167)
-  assert blank.shape == (64, 64, 3)
-  assert blank.examples.strides == (0, 0, 0, 0)
-  batch = data.batch_at(blank, 0, 3, 4)
+  source = blank(size=64, classes=1000, examples=1_281_167)
+  assert source.shape == (64, 64, 3)
+  assert source.examples.strides == (0, 0, 0, 0)
+  batch = batch_at(source, 0, 3, 4)
   np.testing.assert_array_equal(batch.x0, np.full((4, 64, 64, 3), -1, np.float32))
   np.testing.assert_array_equal(batch.cond, np.eye(1000, dtype=np.float32)[[0] * 4])
-  assert data.batch_at(data.blank(size=8), 0, 0, 2).cond is None
+  assert batch_at(blank(size=8), 0, 0, 2).cond is None
 
 
 @pytest.mark.parametrize(
@@ -62,50 +79,50 @@ def test_blank_images_take_no_memory_and_make_batches():
 )
 def test_blank_images_that_cannot_be_are_refused(numbers):
   with pytest.raises(ValueError, match=f'{list(numbers)[-1]}='):
-    data.blank(**numbers)
+    blank(**numbers)
 
 
 @pytest.mark.parametrize('samples', [0, -1, 10**11, 2**31])
 def test_numbers_of_points_that_cannot_be_are_refused(samples):
   with pytest.raises(ValueError, match=f'{samples=}'):
-    data.points(oracle=oracles.ring(), samples=samples)
+    points(oracle=oracles.ring(), num_samples=samples)
 
 
 def test_points_that_do_not_fit_into_memory_are_refused(monkeypatch):
   monkeypatch.setattr(sharding, 'host_memory', lambda: 1000)
   with pytest.raises(ValueError, match='memory'):
-    data.points(oracle=oracles.ring(), samples=1000)
+    points(oracle=oracles.ring(), num_samples=1000)
 
 
 def test_a_batch_of_more_than_there_are_names_both_numbers():
-  data.check_batch(source(n=10), 10)
+  check_batch(source(n=10), 10)
   with pytest.raises(UserError, match=r'batch of 11 .* noise has 10;') as error:
-    data.check_batch(source(n=10), 11)
+    check_batch(source(n=10), 11)
   assert '\n' not in str(error.value)
-  assert len(data.batch_at(source(n=10), 0, 0, 11).x0) == 11
+  assert len(batch_at(source(n=10), 0, 0, 11).x0) == 11
 
 
 def test_a_stand_in_for_data_has_its_shape_classes_and_range_and_no_examples():
-  images = data.unseen((8, 8, 3), 10)
+  images = placeholder((8, 8, 3), 10)
   assert (images.shape, images.classes, len(images.examples)) == ((8, 8, 3), 10, 0)
   np.testing.assert_array_equal(images.labels, np.arange(10))
-  np.testing.assert_array_equal(data.one_hot(images, np.arange(10)), np.eye(10))
+  np.testing.assert_array_equal(one_hot(images, np.arange(10)), np.eye(10))
   wild = np.array([-9, -1, 0.5, 1, 9], np.float32)
-  np.testing.assert_array_equal(data.clip(images, wild), np.clip(wild, -1, 1))
-  np.testing.assert_array_equal(data.as_uint8(images, wild), [0, 0, 191, 255, 255])
-  points = data.unseen((2,), 0)
+  np.testing.assert_array_equal(clip(images, wild), np.clip(wild, -1, 1))
+  np.testing.assert_array_equal(as_uint8(images, wild), [0, 0, 191, 255, 255])
+  points = placeholder((2,), 0)
   assert (points.shape, points.labels, points.classes) == ((2,), None, 0)
-  np.testing.assert_array_equal(data.clip(points, wild), wild)
+  np.testing.assert_array_equal(clip(points, wild), wild)
 
 
 def test_labels_of_many_classes_take_the_memory_of_their_batch():
   # A table of 10**6 by 10**6 would be four terabytes.
   many = source()._replace(classes=10**6, labels=np.arange(10) * 100_003)
-  batch = data.batch_at(many, 0, 0, 3)
+  batch = batch_at(many, 0, 0, 3)
   assert batch.cond.shape == (3, 10**6)
   np.testing.assert_array_equal(batch.cond.sum(axis=1), 1)
   np.testing.assert_array_equal(
-    batch.cond.argmax(axis=1), np.array(many.labels)[batch.index]
+    batch.cond.argmax(axis=1), np.array(many.labels)[batch.indices]
   )
 
 
@@ -124,13 +141,13 @@ def save_image(path, size=(6, 4), mode='RGB', value=7):
 
 def test_a_batch_depends_on_seed_and_step_alone():
   s = source(flip=True)
-  first = data.batch_at(s, 3, 5, 4)
+  first = batch_at(s, 3, 5, 4)
   for step in (6, 0, 200):
-    data.batch_at(s, 3, step, 4)  # neither the past nor a cache plays a part
-  again = data.batch_at(s, 3, 5, 4)
+    batch_at(s, 3, step, 4)  # neither the past nor a cache plays a part
+  again = batch_at(s, 3, 5, 4)
   np.testing.assert_array_equal(first.x0, again.x0)
   np.testing.assert_array_equal(first.cond, again.cond)
-  for other in (data.batch_at(s, 4, 5, 4), data.batch_at(s, 3, 6, 4)):
+  for other in (batch_at(s, 4, 5, 4), batch_at(s, 3, 6, 4)):
     assert not np.array_equal(first.x0, other.x0)
 
 
@@ -138,7 +155,7 @@ def test_a_batch_depends_on_seed_and_step_alone():
 def test_each_example_comes_once_an_epoch_whatever_the_batch_size(batch_size):
   s = source(n=10)
   steps = -(-40 // batch_size)
-  seen = [numbers(s, data.batch_at(s, 1, i, batch_size)) for i in range(steps)]
+  seen = [numbers(s, batch_at(s, 1, i, batch_size)) for i in range(steps)]
   assert all(len(batch) == batch_size for batch in seen)
   epochs = np.concatenate(seen)[:40].reshape(4, 10)
   np.testing.assert_array_equal(np.sort(epochs), np.tile(np.arange(10), (4, 1)))
@@ -147,10 +164,10 @@ def test_each_example_comes_once_an_epoch_whatever_the_batch_size(batch_size):
 
 def test_labels_belong_to_their_examples():
   s = source()
-  batch = data.batch_at(s, 0, 3, 8)
+  batch = batch_at(s, 0, 3, 8)
   assert (batch.x0.dtype, batch.cond.dtype) == (np.float32, np.float32)
   np.testing.assert_array_equal(batch.cond, np.eye(10)[numbers(s, batch)])
-  assert data.batch_at(source(conditional=False), 0, 3, 8).cond is None
+  assert batch_at(source(conditional=False), 0, 3, 8).cond is None
 
 
 @pytest.mark.parametrize('flip', [False, True])
@@ -158,9 +175,9 @@ def test_labels_belong_to_their_examples():
 def test_shares_of_processes_are_the_batch_of_one(processes, flip):
   s = source(flip=flip)
   for step in (0, 1, 5):  # step 1 crosses an epoch: 10 examples, 8 a batch
-    whole = data.batch_at(s, 0, step, 8)
+    whole = batch_at(s, 0, step, 8)
     rows = np.split(np.arange(8), processes)
-    shares = [data.batch_at(s, 0, step, 8, own) for own in rows]
+    shares = [batch_at(s, 0, step, 8, own) for own in rows]
     np.testing.assert_array_equal(np.concatenate([b.x0 for b in shares]), whole.x0)
     np.testing.assert_array_equal(np.concatenate([b.cond for b in shares]), whole.cond)
 
@@ -169,21 +186,21 @@ def test_shares_of_processes_are_the_batch_of_one(processes, flip):
 def test_a_batch_says_which_examples_it_holds(flip):
   s = source(flip=flip)
   for step in (0, 1, 5):  # step 1 crosses an epoch: 10 examples, 8 a batch
-    batch = data.batch_at(s, 0, step, 8)
-    assert (batch.index.shape, batch.index.dtype) == ((8,), np.int32)
-    plain = data.as_x0(s, s.examples[batch.index])
+    batch = batch_at(s, 0, step, 8)
+    assert (batch.indices.shape, batch.indices.dtype) == ((8,), np.int32)
+    plain = as_x0(s, s.examples[batch.indices])
     mirrored = plain[:, :, ::-1] if flip else plain
     for x0, *either in zip(batch.x0, plain, mirrored):
       assert any(np.array_equal(x0, stored) for stored in either)
     rows = np.split(np.arange(8), 2)
-    shares = [data.batch_at(s, 0, step, 8, own).index for own in rows]
-    np.testing.assert_array_equal(np.concatenate(shares), batch.index)
+    shares = [batch_at(s, 0, step, 8, own).indices for own in rows]
+    np.testing.assert_array_equal(np.concatenate(shares), batch.indices)
 
 
 def test_flip_mirrors_half_of_the_images_left_to_right():
   plain, flipped = source(n=200), source(n=200, flip=True)
-  a = data.batch_at(plain, 0, 0, 200).x0
-  b = data.batch_at(flipped, 0, 0, 200).x0
+  a = batch_at(plain, 0, 0, 200).x0
+  b = batch_at(flipped, 0, 0, 200).x0
   same = np.array([np.array_equal(x, y) for x, y in zip(a, b)])
   mirrored = np.array([np.array_equal(x[:, ::-1], y) for x, y in zip(a, b)])
   np.testing.assert_array_equal(same, ~mirrored)  # all of the image, and only width
@@ -196,54 +213,54 @@ def test_flip_mirrors_half_of_the_images_left_to_right():
 def test_every_uint8_value_survives_the_round_trip():
   s = source()
   stored = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
-  x0 = data.as_x0(s, stored)
+  x0 = as_x0(s, stored)
   assert (x0.dtype, x0.min(), x0.max()) == (np.float32, -1, 1)
-  np.testing.assert_array_equal(data.as_uint8(s, x0), stored)
+  np.testing.assert_array_equal(as_uint8(s, x0), stored)
 
 
 def test_digits_are_centred_scaled_labelled_and_inside_the_range():
-  s = data.digits()
+  s = digits()
   assert (s.examples.shape, s.classes) == ((1797, 8, 8, 1), 10)
-  x0 = data.as_x0(s, s.examples)
+  x0 = as_x0(s, s.examples)
   assert abs(x0.mean()) < 1e-5  # float32 sums of 115,008 pixels
   assert x0.std() == pytest.approx(0.5, abs=1e-5)
   assert -1 < x0.min() < -0.4
   assert 0.9 < x0.max() < 1
   assert set(s.labels) == set(range(10))
   np.testing.assert_array_equal(s.labels[:10], np.arange(10))  # the first ten scans
-  unlabelled = data.digits(conditional=False)
+  unlabelled = digits(conditional=False)
   assert (unlabelled.labels, unlabelled.classes) == (None, 0)
 
 
 def test_every_grey_of_the_digits_has_its_own_uint8():
-  s = data.digits()
+  s = digits()
   stored = np.arange(17, dtype=np.float32)[:, None]
   expected = np.rint(np.arange(17) * 255 / 16)[:, None]
-  np.testing.assert_array_equal(data.as_uint8(s, data.as_x0(s, stored)), expected)
+  np.testing.assert_array_equal(as_uint8(s, as_x0(s, stored)), expected)
 
 
-@pytest.mark.parametrize('make', [source, data.digits])
+@pytest.mark.parametrize('make', [source, digits])
 def test_clip_keeps_what_data_can_be_and_bounds_the_rest(make):
   s = make()
-  x0 = data.as_x0(s, s.examples)
+  x0 = as_x0(s, s.examples)
   # One rounding of float32 at the ends of the range.
-  np.testing.assert_allclose(data.clip(s, x0), x0, atol=1e-7)
-  low, high = data.as_x0(s, np.array([s.low, s.high]))
+  np.testing.assert_allclose(clip(s, x0), x0, atol=1e-7)
+  low, high = as_x0(s, np.array([s.low, s.high]))
   wild = np.array([-9, 9], np.float32)
-  np.testing.assert_allclose(data.clip(s, wild), [low, high], atol=1e-7)
-  np.testing.assert_array_equal(data.as_uint8(s, wild), [0, 255])
+  np.testing.assert_allclose(clip(s, wild), [low, high], atol=1e-7)
+  np.testing.assert_array_equal(as_uint8(s, wild), [0, 255])
 
 
 def test_points_are_the_oracle_s_samples_and_have_no_range():
   oracle = oracles.ring(modes=3, radius=0.7, std=0.01)
-  s = data.points(oracle=oracle, samples=500, seed=2)
+  s = points(oracle=oracle, num_samples=500, seed=2)
   assert (s.examples.shape, s.labels, s.shape) == ((500, 2), None, (2,))
   drawn = oracles.sample(oracle, jax.random.key(2), 500)
   np.testing.assert_array_equal(s.examples, np.asarray(drawn, np.float32))
   gap = np.linalg.norm(s.examples[:, None] - oracle.means[None], axis=2).min(axis=1)
   assert gap.max() < 0.06  # six standard deviations of the modes
   wild = np.array([[-50.0, 50.0]], np.float32)
-  np.testing.assert_array_equal(data.clip(s, data.as_x0(s, wild)), wild)
+  np.testing.assert_array_equal(clip(s, as_x0(s, wild)), wild)
 
 
 # The reference set -----------------------------------------------------------------
@@ -258,7 +275,7 @@ def labelled(**changes):
 
 def test_a_reference_holds_every_example_once_in_the_bucket_of_its_class():
   s = labelled()
-  found = data.reference(s)
+  found = reference(s)
   assert found.examples.shape == (4, 4, *s.shape)  # as wide as the largest class
   assert found.examples.dtype == s.examples.dtype
   np.testing.assert_array_equal(found.counts, [2, 1, 4, 0])
@@ -273,16 +290,16 @@ def test_a_reference_holds_every_example_once_in_the_bucket_of_its_class():
 
 
 def test_a_reference_turns_what_is_stored_into_x0_as_a_batch_does():
-  for s in (labelled(), data.digits(), data.points(oracle=oracles.ring(), samples=9)):
-    found = data.reference(s)
+  for s in (labelled(), digits(), points(oracle=oracles.ring(), num_samples=9)):
+    found = reference(s)
     stored = found.examples[0, found.slots[0]] if s.labels is None else s.examples[0]
     x0 = (stored.astype(np.float32) - found.offset) * found.scale
-    np.testing.assert_array_equal(x0, data.as_x0(s, s.examples[:1])[0])
+    np.testing.assert_array_equal(x0, as_x0(s, s.examples[:1])[0])
 
 
 def test_a_reference_without_labels_is_one_bucket():
   s = source(conditional=False)
-  found = data.reference(s)
+  found = reference(s)
   np.testing.assert_array_equal(found.examples, s.examples[None])
   np.testing.assert_array_equal(found.counts, [10])
   np.testing.assert_array_equal(found.slots, np.arange(10))
@@ -290,7 +307,7 @@ def test_a_reference_without_labels_is_one_bucket():
 
 def test_a_reference_of_a_few_a_class_is_drawn_by_its_seed():
   s = labelled()
-  found = data.reference(s, per_class=2, seed=1)
+  found = reference(s, per_class=2, seed=1)
   np.testing.assert_array_equal(found.counts, [2, 1, 2, 0])  # all, of smaller classes
   for label, count in enumerate(found.counts):
     of_class = np.flatnonzero(np.equal(LABELS, label))
@@ -299,15 +316,15 @@ def test_a_reference_of_a_few_a_class_is_drawn_by_its_seed():
     for i in kept:
       stored = found.examples[label, found.slots[i]]
       np.testing.assert_array_equal(stored, s.examples[i])
-  again = data.reference(s, per_class=2, seed=1)
+  again = reference(s, per_class=2, seed=1)
   np.testing.assert_array_equal(found.slots, again.slots)
-  drawn = {tuple(data.reference(s, per_class=2, seed=i).slots >= 0) for i in range(20)}
+  drawn = {tuple(reference(s, per_class=2, seed=i).slots >= 0) for i in range(20)}
   assert len(drawn) == 6  # all pairs of the four of class 2
 
 
 def test_a_reference_of_a_negative_number_is_refused():
   with pytest.raises(ValueError, match='per_class=-1'):
-    data.reference(labelled(), per_class=-1)
+    reference(labelled(), per_class=-1)
 
 
 # Your own data ---------------------------------------------------------------------
@@ -316,20 +333,20 @@ def test_a_reference_of_a_negative_number_is_refused():
 def test_npz_of_uint8_with_labels(tmp_path):
   images = source().examples
   path = save_npz(tmp_path, images=images, labels=np.arange(10) % 3)
-  s = data.array(path=path, conditional=True, flip=True)
+  s = from_path(path=path, conditional=True, flip=True)
   np.testing.assert_array_equal(s.examples, images)
   np.testing.assert_array_equal(s.labels, np.arange(10) % 3)
   assert (s.classes, s.flip, s.name) == (3, True, 'set.npz')
-  x0 = data.as_x0(s, s.examples)
-  np.testing.assert_array_equal(data.as_uint8(s, x0), images)
-  assert data.array(path=path).labels is None
+  x0 = as_x0(s, s.examples)
+  np.testing.assert_array_equal(as_uint8(s, x0), images)
+  assert from_path(path=path).labels is None
 
 
 def test_npz_of_floats_is_x0_as_it_stands(tmp_path):
   values = np.random.default_rng(0).uniform(-1, 1, (5, 7))
-  s = data.array(path=save_npz(tmp_path, images=values))
+  s = from_path(path=save_npz(tmp_path, images=values))
   assert (s.examples.dtype, s.shape) == (np.float32, (7,))
-  np.testing.assert_array_equal(data.as_x0(s, s.examples), values.astype(np.float32))
+  np.testing.assert_array_equal(as_x0(s, s.examples), values.astype(np.float32))
 
 
 def test_folder_of_images_in_class_folders(tmp_path):
@@ -337,14 +354,14 @@ def test_folder_of_images_in_class_folders(tmp_path):
   save_image(tmp_path / 'cat' / 'deep' / 'b.png', value=2)
   save_image(tmp_path / 'cat' / 'c.PNG', mode='L', value=3)  # grey becomes RGB
   (tmp_path / 'notes.txt').write_text('not an image')
-  s = data.array(path=str(tmp_path), conditional=True)
+  s = from_path(path=str(tmp_path), conditional=True)
   assert s.examples.shape == (3, 4, 6, 3)
   assert s.examples.dtype == np.uint8
   marks = s.examples[:, 0, 0]
   np.testing.assert_array_equal(marks, np.repeat([[3], [2], [1]], 3, axis=1))
   np.testing.assert_array_equal(s.labels, [0, 0, 1])  # cat, dog: by name
   assert s.classes == 2
-  assert data.array(path=str(tmp_path)).labels is None
+  assert from_path(path=str(tmp_path)).labels is None
 
 
 @pytest.mark.parametrize('labels', [[0, 5], [5, 0, 5, 1, 3, 2, 5]], ids=str)
@@ -353,18 +370,18 @@ def test_labels_may_have_gaps_up_to_the_number_of_examples(labels, tmp_path):
   path = save_npz(tmp_path, images=images_of(len(labels)), labels=labels)
   if labels.max() >= len(labels):
     with pytest.raises(UserError, match='is 5, which is too large for 2 examples'):
-      data.array(path=path, conditional=True)
+      from_path(path=path, conditional=True)
     return
-  s = data.array(path=path, conditional=True)
+  s = from_path(path=path, conditional=True)
   assert s.classes == 6
   np.testing.assert_array_equal(
-    data.one_hot(s, np.arange(len(labels))), np.eye(6)[labels.astype(int)]
+    one_hot(s, np.arange(len(labels))), np.eye(6)[labels.astype(int)]
   )
 
 
 def test_one_image_is_a_data_set(tmp_path):
-  s = data.array(path=save_npz(tmp_path, images=images_of(1)))
-  assert data.batch_at(s, 0, 0, 2).x0.shape == (2, 2, 2, 3)
+  s = from_path(path=save_npz(tmp_path, images=images_of(1)))
+  assert batch_at(s, 0, 0, 2).x0.shape == (2, 2, 2, 3)
 
 
 def test_an_npz_is_read_no_further_than_needed(tmp_path):
@@ -375,7 +392,7 @@ def test_an_npz_is_read_no_further_than_needed(tmp_path):
     labels=np.zeros(10**7, np.uint8),
     notes=np.array([{}], object),
   )
-  s = data.array(path=str(tmp_path / 'set.npz'))
+  s = from_path(path=str(tmp_path / 'set.npz'))
   np.testing.assert_array_equal(s.examples, images_of(3))
 
 
@@ -440,7 +457,7 @@ def test_a_bad_npz_is_one_line_with_the_way_out(fault, tmp_path):
   arrays, told = BAD_NPZ[fault]
   path = save_npz(tmp_path, **arrays)
   with pytest.raises(UserError, match=told) as error:
-    data.array(path=path, conditional=True)
+    from_path(path=path, conditional=True)
   assert path in str(error.value)
   assert '\n' not in str(error.value)
 
@@ -539,7 +556,7 @@ BAD_FOLDERS = {
   transparent_colour: r'cannot read .*0\.png \(mode P; .*no transparency',
   pipe: r'cannot read .*0\.png \(not a file\)',
   link_to_itself: r'cannot read .*0\.png \(not a file\)',
-  link_to_a_folder_above: r'a/b links to a folder that holds it',
+  link_to_a_folder_above: r'a/b links to a folder that contains it',
   unsorted: r'outside a class folder.*config\.data\.conditional=False',
 }
 
@@ -564,7 +581,7 @@ def at_once():
 def test_a_bad_folder_is_one_line_with_the_way_out(make, tmp_path):
   make(tmp_path)
   with at_once(), pytest.raises(UserError, match=BAD_FOLDERS[make]) as error:
-    data.array(path=str(tmp_path), conditional=True)
+    from_path(path=str(tmp_path), conditional=True)
   assert '\n' not in str(error.value)
 
 
@@ -572,7 +589,7 @@ def test_a_class_folder_may_be_a_link(tmp_path):
   save_image(tmp_path / 'elsewhere' / 'deep' / '0.png', value=1)
   save_image(tmp_path / 'set' / 'dog' / '0.png', value=2)
   (tmp_path / 'set' / 'cat').symlink_to(tmp_path / 'elsewhere')
-  s = data.array(path=str(tmp_path / 'set'), conditional=True)
+  s = from_path(path=str(tmp_path / 'set'), conditional=True)
   np.testing.assert_array_equal(s.examples[:, 0, 0, 0], [1, 2])
   np.testing.assert_array_equal(s.labels, [0, 1])
 
@@ -582,8 +599,8 @@ def test_an_empty_path_is_not_the_current_folder(path, tmp_path, monkeypatch):
   save_image(tmp_path / '0.png')
   monkeypatch.chdir(tmp_path)
   with pytest.raises(UserError, match=r'config\.data\.path: is empty'):
-    data.array(path=path)
-  assert len(data.array(path='.').examples) == 1
+    from_path(path=path)
+  assert len(from_path(path='.').examples) == 1
 
 
 @pytest.mark.parametrize('kind', ['npz', 'folder'])
@@ -598,10 +615,10 @@ def test_data_beyond_memory_is_refused_before_it_is_read(kind, tmp_path, monkeyp
       save_image(tmp_path / f'{i}.png', size=(99, 99))
   size = 9 * 99 * 99 * 3
   monkeypatch.setattr(sharding, 'host_memory', lambda: size + 1000)
-  assert len(data.array(path=path).examples) == 9
+  assert len(from_path(path=path).examples) == 9
   monkeypatch.setattr(sharding, 'host_memory', lambda: size - 1)
   with pytest.raises(UserError, match=r'GiB, and this machine has') as error:
-    data.array(path=path)
+    from_path(path=path)
   assert path in str(error.value)
 
 
@@ -614,7 +631,7 @@ def test_an_npz_that_promises_more_than_it_holds_is_refused(tmp_path):
       start = b'\x93NUMPY\1\0' + struct.pack('<H', len(header))
       file.writestr('images.npy', start + header + bytes(16))
     with pytest.raises(UserError, match='cannot read') as error:
-      data.array(path=str(path))
+      from_path(path=str(path))
     assert '\n' not in str(error.value)
 
 
@@ -631,7 +648,7 @@ def test_what_is_neither_folder_nor_npz_is_refused(name, tmp_path):
   (tmp_path / 'loop.npz').symlink_to(tmp_path / 'loop.npz')
   path = str(tmp_path / name) + ('.npz' if name in ('pipe', 'loop') else '')
   with at_once(), pytest.raises(UserError, match=re.escape(path)) as error:
-    data.array(path=path)
+    from_path(path=path)
   told = (
     'cannot read'
     if path.endswith(('cut.npz', 'empty.npz'))
@@ -647,36 +664,36 @@ def test_what_is_neither_folder_nor_npz_is_refused(name, tmp_path):
 @pytest.fixture
 def cifar10_copy(monkeypatch):
   if not os.path.isdir(os.path.join(TFDS_COPY, 'cifar10')):
-    pytest.skip(f'no CIFAR-10 under {TFDS_COPY}; set {data.DATA_DIR_VARIABLE}')
-  monkeypatch.setenv(data.DATA_DIR_VARIABLE, TFDS_COPY)
+    pytest.skip(f'no CIFAR-10 under {TFDS_COPY}; set {DATA_DIR_VARIABLE}')
+  monkeypatch.setenv(DATA_DIR_VARIABLE, TFDS_COPY)
 
 
 def test_cifar10_by_tfds(cifar10_copy):
-  s = data.tfds(
-    name='cifar10', split='test[:64]', conditional=True, quoted_as='CIFAR-10 (part)'
+  s = tfds(
+    name='cifar10', split='test[:64]', conditional=True, display_name='CIFAR-10 (part)'
   )
   assert (s.examples.shape, s.examples.dtype) == ((64, 32, 32, 3), np.uint8)
   assert (s.name, s.classes) == ('CIFAR-10 (part)', 10)
   assert s.examples.std() > 30  # photographs
   assert 5 <= len(set(s.labels)) <= 10  # 64 draws of ten classes
-  batch = data.batch_at(s, 0, 0, 16)
+  batch = batch_at(s, 0, 0, 16)
   assert (batch.x0.shape, batch.cond.shape) == ((16, 32, 32, 3), (16, 10))
-  plain = data.tfds(name='cifar10', split='test[:64]')
+  plain = tfds(name='cifar10', split='test[:64]')
   assert (plain.name, plain.labels, plain.classes) == ('cifar10', None, 0)
   np.testing.assert_array_equal(plain.examples, s.examples)
 
 
 def test_data_dir_is_looked_in_before_the_variable(cifar10_copy, monkeypatch, tmp_path):
-  monkeypatch.setenv(data.DATA_DIR_VARIABLE, str(tmp_path))
-  s = data.tfds(name='cifar10', split='test[:2]', data_dir=TFDS_COPY)
+  monkeypatch.setenv(DATA_DIR_VARIABLE, str(tmp_path))
+  s = tfds(name='cifar10', split='test[:2]', data_dir=TFDS_COPY)
   assert len(s.examples) == 2
 
 
 @pytest.mark.parametrize('name', ['no_such_set', 'cifar10'])
 def test_a_data_set_that_is_not_there_names_the_variable(name, monkeypatch, tmp_path):
-  monkeypatch.setenv(data.DATA_DIR_VARIABLE, str(tmp_path))
-  with pytest.raises(UserError, match=f'{name}.*{data.DATA_DIR_VARIABLE}') as error:
-    data.tfds(name=name)
+  monkeypatch.setenv(DATA_DIR_VARIABLE, str(tmp_path))
+  with pytest.raises(UserError, match=f'{name}.*{DATA_DIR_VARIABLE}') as error:
+    tfds(name=name)
   assert str(tmp_path) in str(error.value)
   assert '\n' not in str(error.value)
   assert not any(tmp_path.iterdir())  # nothing downloaded, nothing made
@@ -724,7 +741,7 @@ def test_features_of_a_data_set_run_no_code(features, name, tmp_path, monkeypatc
   (tmp_path / 'sets').mkdir()
   (tmp_path / 'sets' / data_set).symlink_to(tmp_path / 'real')
   with pytest.raises(UserError, match=r"not part of TFDS .'marker") as error:
-    data.tfds(name=name, data_dir=str(tmp_path / 'sets'))
+    tfds(name=name, data_dir=str(tmp_path / 'sets'))
   assert '\n' not in str(error.value)
   assert 'marker' not in sys.modules
 
@@ -744,15 +761,15 @@ def test_a_data_set_without_its_records_is_refused(tmp_path):
   }
   (folder / 'features.json').write_text(json.dumps(content))
   with pytest.raises(UserError, match="'made'") as error:
-    data.tfds(name='made', data_dir=str(tmp_path))
+    tfds(name='made', data_dir=str(tmp_path))
   assert '\n' not in str(error.value)
   (folder / 'made-train.array_record-00000-of-00001').write_bytes(b'no records')
   with pytest.raises(UserError, match="'made'"):
-    data.tfds(name='made', data_dir=str(tmp_path))
+    tfds(name='made', data_dir=str(tmp_path))
   for text in ('', '[' * 100_000, '\xff', '{"featuresDict": 3'):
     (folder / 'features.json').write_text(text, encoding='latin-1')
     with pytest.raises(UserError, match=r'cannot read .*features\.json'):
-      data.tfds(name='made', data_dir=str(tmp_path))
+      tfds(name='made', data_dir=str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -772,15 +789,15 @@ def test_a_data_set_without_its_records_is_refused(tmp_path):
 )
 def test_a_name_that_tfds_would_look_for_elsewhere_is_refused(name, tmp_path):
   with pytest.raises(UserError, match=r'config\.data\.name.*is no TFDS name') as error:
-    data.tfds(name=name, data_dir=str(tmp_path))
+    tfds(name=name, data_dir=str(tmp_path))
   assert '\n' not in str(error.value)
 
 
 def test_data_in_a_bucket_is_refused(tmp_path):
   with pytest.raises(UserError, match='gs://sets is not in a local or mounted folder'):
-    data.tfds(name='cifar10', data_dir='gs://sets')
+    tfds(name='cifar10', data_dir='gs://sets')
   with pytest.raises(UserError, match=r'gs://sets/x\.npz.*neither'):
-    data.array(path='gs://sets/x.npz')
+    from_path(path='gs://sets/x.npz')
 
 
 def test_no_module_of_cmjax_imports_tensorflow_or_torch():

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cmjax import core, distances, oracles, times
+from cmjax import core, oracles, times, weightings
 from cmjax.objectives import denoise
 
 STD = 0.4
@@ -20,13 +20,14 @@ def test_the_loss_is_written_out():
   draw = np.random.default_rng(0)
   x0, z = (jnp.asarray(draw.normal(size=(5, 2)), jnp.float32) for _ in range(2))
   t = jnp.array([0.01, 0.1, 0.5, 2.0, 30.0])
-  weighting = distances.edm_weighting(sigma_data=0.5)
+  weighting = weightings.edm(sigma_data=0.5)
   nets = core.Nets(0.1)
-  out = denoise.denoising(moved, nets, x0, z, t, None, None, weighting=weighting)
+  noisy = core.Noisy(x0 + t[:, None] * z, t, None, None)
+  out = denoise.denoising_loss(moved, nets, noisy, x0, weighting=weighting)
   error = moved(0.1, x0 + t[:, None] * z, t, None) - x0
   expected = (1 / t**2 + 4) * jnp.sum(error**2, axis=1)
   np.testing.assert_allclose(out.loss, expected, rtol=1e-5)
-  np.testing.assert_array_equal(out.aux['t'], t)
+  np.testing.assert_array_equal(out.aux['sigma'], t)
 
 
 def test_its_least_value_is_the_posterior_variance():
@@ -51,5 +52,5 @@ def test_times_are_lognormal():
   loss = denoise.edm(moved, times=times.lognormal(mean=-1.2, std=1.2))
   x0 = jnp.zeros((20_000, 2))
   keys = core.streams(jax.random.key(0), 0)
-  log_t = np.log(loss(core.Nets(0.0), core.Batch(x0, None), 0, keys).aux['t'])
+  log_t = np.log(loss(core.Nets(0.0), core.Batch(x0, None), 0, keys).aux['sigma'])
   np.testing.assert_allclose([log_t.mean(), log_t.std()], [-1.2, 1.2], atol=0.04)

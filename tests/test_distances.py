@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cmjax import distances
+from cmjax import distances, weightings
 
 C = 0.03
 # The distance, and itself on one flat difference in numpy.
@@ -107,21 +107,21 @@ def test_truncated_snr_and_inverse_time_look_at_t_alone(t, snr, inverse, x64):
   t = jnp.full(2, t, jnp.float64)
   r = jnp.array([0.0, 0.001])
   for weighting, weight in (
-    (distances.truncated_snr(), snr),
-    (distances.inverse_time(), inverse),
+    (weightings.truncated_snr(), snr),
+    (weightings.inverse_time(), inverse),
   ):
     np.testing.assert_allclose(weighting(t, r), np.full(2, weight), rtol=1e-12)
 
 
 def test_uniform_weighting_is_one_everywhere():
   t = jnp.array([0.002, 1.0, 80.0])
-  np.testing.assert_array_equal(distances.uniform()(t, t / 2), np.ones(3))
+  np.testing.assert_array_equal(weightings.uniform()(t, t / 2), np.ones(3))
 
 
 def test_inverse_gap_is_one_over_the_gap_and_zero_without_one():
   t, r = jnp.array([2.0, 1.0, 0.5, 3.0]), jnp.array([1.5, 0.0, 0.5, 3.0])
-  np.testing.assert_array_equal(distances.inverse_gap()(t, r), [2.0, 1.0, 0.0, 0.0])
-  slope = jax.grad(lambda t: jnp.sum(distances.inverse_gap()(t, r)))(t)
+  np.testing.assert_array_equal(weightings.inverse_gap()(t, r), [2.0, 1.0, 0.0, 0.0])
+  slope = jax.grad(lambda t: jnp.sum(weightings.inverse_gap()(t, r)))(t)
   np.testing.assert_array_equal(slope, [-4.0, -1.0, 0.0, 0.0])
 
 
@@ -131,7 +131,7 @@ def test_inverse_gap_is_one_over_the_gap_and_zero_without_one():
 )
 def test_edm_weighting_is_one_over_both_variances(t, weight, x64):
   t = jnp.full(2, t, jnp.float64)
-  weights = distances.edm_weighting(sigma_data=0.5)(t, jnp.array([0.0, 0.001]))
+  weights = weightings.edm(sigma_data=0.5)(t, jnp.array([0.0, 0.001]))
   np.testing.assert_allclose(weights, np.full(2, weight), rtol=1e-12)
 
 

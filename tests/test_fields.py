@@ -5,8 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cmjax import data, fields, oracles, process
+from cmjax import fields, oracles, process
 from cmjax.core import expand
+from cmjax.data.points import points
+from cmjax.data.reference import reference
+from cmjax.data.source import Source, as_uint8, as_x0, one_hot
 
 TRIGFLOW = process.trigflow(1.0)
 MIXTURE = oracles.Mixture(
@@ -76,8 +79,8 @@ def test_probability_flow_of_another_process_follows_the_exact_map(path, oracle,
 
   @jax.jit
   def carried(s):  # the exact path at noise level s, on the other process's clock
-    moved = oracles.consistency(oracle, x, t, s=s, steps=256)
-    return process.change_clock(process.VE, path, moved, jnp.full(4, s))
+    moved = oracles.consistency(oracle, x, t, sigma_end=s, num_steps=256)
+    return process.change_process(process.VE, path, moved, jnp.full(4, s))
 
   (x_s, at), (x_rate, clock_rate) = jax.jvp(carried, (0.7,), (1.0,))
   slope = x_rate / expand(clock_rate, x)
@@ -90,7 +93,7 @@ def test_probability_flow_of_another_process_follows_the_exact_map(path, oracle,
 
 
 def labelled(calls):
-  """A model that answers differently with labels than without; notes its labels."""
+  """A model that depends on the labels and records them."""
 
   def model(params, x, t, cond, *, key=None):
     assert key is None
@@ -100,7 +103,7 @@ def labelled(calls):
   return model
 
 
-def test_guidance_moves_away_from_what_goes_without_a_label(x64):
+def test_guidance_extrapolates_from_the_unconditional_denoiser(x64):
   _, _, x, t = draws()
   calls, cond = [], jnp.eye(4)
   teacher = labelled(calls)
@@ -114,7 +117,7 @@ def test_guidance_moves_away_from_what_goes_without_a_label(x64):
   np.testing.assert_allclose(none, free, rtol=1e-13)
 
 
-def test_guidance_of_one_is_the_teacher_to_the_bit_and_asks_it_once():
+def test_guidance_of_one_is_the_teacher_to_the_bit_in_one_evaluation():
   _, _, x, t = draws()
   calls, cond = [], jnp.eye(4)
   teacher = labelled(calls)
@@ -132,7 +135,7 @@ def test_guidance_without_labels_is_refused():
     fields.teacher_denoiser(labelled([]), 2.0, None, guidance=1.5)
 
 
-def test_own_velocity_is_the_average_over_no_time():
+def test_model_velocity_is_the_average_velocity_over_no_time():
   _, _, x, t = draws()
   seen = {}
 
@@ -140,7 +143,7 @@ def test_own_velocity_is_the_average_over_no_time():
     seen.update(params=params, t=t, r=r, cond=cond, key=key)
     return x * params
 
-  found = fields.own_velocity(average_velocity, 3.0, 'cond', 'key')(x, t)
+  found = fields.model_velocity(average_velocity, 3.0, 'cond', 'key')(x, t)
   np.testing.assert_array_equal(found, 3 * x)
   np.testing.assert_array_equal(seen.pop('t'), t)
   np.testing.assert_array_equal(seen.pop('r'), t)
@@ -162,7 +165,7 @@ def stored_examples(conditional=True, kind='uint8', seed=0):
   if kind == 'float32':
     examples = (examples.astype(np.float32) - offset) * np.float32(scale)
     offset, scale = 0.0, 1.0
-  return data.Source(
+  return Source(
     'noise',
     examples,
     labels if conditional else None,
@@ -177,26 +180,30 @@ def stored_examples(conditional=True, kind='uint8', seed=0):
 
 def noisy(source, index, t, seed=1):
   """x0 and x_t of some examples, one of them not as stored but mirrored."""
-  x0 = np.asarray(data.as_x0(source, source.examples[index]), float)
+  x0 = np.asarray(as_x0(source, source.examples[index]), float)
   x0[0] = x0[0, ::-1]
   z = np.random.default_rng(seed).normal(size=x0.shape)
   return jnp.asarray(x0), jnp.asarray(x0 + t[:, None, None] * z)
 
 
-def stable(source, x0, x, t, index, block=4, threshold=0.0, **keywords):
-  reference = data.reference(source, **keywords)
-  reference = fields.Reference(*map(jnp.asarray, reference))
+def stable(source, x0, x, t, index, block_size=4, sigma_threshold=0.0, **keywords):
+  kept = fields.Reference(*map(jnp.asarray, reference(source, **keywords)))
   index = np.asarray(index)
-  cond = None if source.labels is None else jnp.asarray(data.one_hot(source, index))
+  cond = None if source.labels is None else jnp.asarray(one_hot(source, index))
   denoiser = fields.stable_denoiser(
-    reference, x0, cond, jnp.asarray(index), threshold=threshold, block=block
+    kept,
+    x0,
+    cond,
+    jnp.asarray(index),
+    sigma_threshold=sigma_threshold,
+    block_size=block_size,
   )
   return np.asarray(jax.jit(denoiser)(x, jnp.asarray(t, x.dtype)))
 
 
 def brute_force(source, x0, x, t, index, kept=None):
   """The softmax over each row's class, own x0 in the place of its stored copy."""
-  everything = np.asarray(data.as_x0(source, source.examples), float)
+  everything = np.asarray(as_x0(source, source.examples), float)
   labels = np.zeros(len(everything)) if source.labels is None else source.labels
   kept = range(len(everything)) if kept is None else kept
   means = []
@@ -214,15 +221,15 @@ LEVELS = np.array([0.05, 0.2, 0.5, 1.0, 3.0, 30.0, 0.7])
 
 
 @pytest.mark.parametrize('conditional', [False, True], ids=['all', 'by class'])
-@pytest.mark.parametrize('block', [1, 4, 1000])
-def test_stable_denoiser_is_the_softmax_over_the_class(conditional, block, x64):
+@pytest.mark.parametrize('block_size', [1, 4, 1000])
+def test_stable_denoiser_is_the_softmax_over_the_class(conditional, block_size, x64):
   source = stored_examples(conditional, 'float32')
   x0, x = noisy(source, INDEX, LEVELS)
   exact = brute_force(source, x0, x, LEVELS, INDEX)
-  found = stable(source, x0, x, LEVELS, INDEX, block)
+  found = stable(source, x0, x, LEVELS, INDEX, block_size)
   np.testing.assert_allclose(found, exact, atol=1e-12)  # exponents of 1e3, float64
   x0, x = x0.astype(jnp.float32), x.astype(jnp.float32)
-  rough = stable(source, x0, x, LEVELS, INDEX, block)
+  rough = stable(source, x0, x, LEVELS, INDEX, block_size)
   assert rough.dtype == np.float32
   # Measured 3e-7. Where two examples have a share the exponents are of order one.
   np.testing.assert_allclose(rough, exact, atol=3e-6)
@@ -233,9 +240,9 @@ def test_stable_denoiser_in_float32_holds_for_whole_images():
   images = draw.integers(0, 256, (64, 3072)).astype(np.uint8)
   source = stored_examples(False)._replace(examples=images)
   index, t = np.arange(6), np.array([3.0, 5.0, 10.0, 20.0, 40.0, 80.0])
-  x0 = data.as_x0(source, images[index])
+  x0 = as_x0(source, images[index])
   x = x0 + t[:, None].astype(np.float32) * draw.normal(size=x0.shape).astype('f4')
-  members = data.as_x0(source, images).astype(float)
+  members = as_x0(source, images).astype(float)
   offset = x.astype(float)[:, None] - members[None]
   logits = -np.sum(offset**2, axis=2) / (2 * t[:, None] ** 2)
   weights = np.exp(logits - logits.max(axis=1, keepdims=True))
@@ -279,7 +286,7 @@ def test_of_one_example_it_is_the_example_to_the_bit():
 
 def test_the_own_example_counts_once_whether_stored_or_not(x64):
   source = stored_examples(conditional=False)
-  kept = np.flatnonzero(data.reference(source, per_class=6, seed=3).slots >= 0)
+  kept = np.flatnonzero(reference(source, per_class=6, seed=3).slots >= 0)
   assert len(kept) == 6
   absent = np.setdiff1d(np.arange(sum(SIZES)), kept)
   for index in (kept, absent[:6]):
@@ -292,17 +299,17 @@ def test_the_own_example_counts_once_whether_stored_or_not(x64):
     assert (np.max(np.abs(found - twice)) > 1e-3) == (index is kept)
 
 
-@pytest.mark.parametrize('block', [4, 1000])
-def test_no_weight_leaks_to_another_class(block):
+@pytest.mark.parametrize('block_size', [4, 1000])
+def test_no_weight_leaks_to_another_class(block_size):
   source = stored_examples()
   x0, x = (v.astype(jnp.float32) for v in noisy(source, INDEX, LEVELS))
-  found = stable(source, x0, x, LEVELS, INDEX, block)
+  found = stable(source, x0, x, LEVELS, INDEX, block_size)
   label = source.labels[INDEX[2]]
   changed = source.examples.copy()  # as bytes x_t itself is the nearest there can be
-  changed[source.labels != label] = data.as_uint8(
+  changed[source.labels != label] = as_uint8(
     source._replace(low=0.0, high=255.0), np.asarray(x[2])
   )
-  again = stable(source._replace(examples=changed), x0, x, LEVELS, INDEX, block)
+  again = stable(source._replace(examples=changed), x0, x, LEVELS, INDEX, block_size)
   same = source.labels[INDEX] == label
   assert 0 < np.sum(same) < len(INDEX)
   np.testing.assert_array_equal(found[same], again[same])
@@ -312,7 +319,7 @@ def test_no_weight_leaks_to_another_class(block):
 def test_at_and_below_the_threshold_it_is_the_own_example_to_the_bit():
   source = stored_examples()
   x0, x = (v.astype(jnp.float32) for v in noisy(source, INDEX, LEVELS))
-  found = stable(source, x0, x, LEVELS, INDEX, threshold=0.5)
+  found = stable(source, x0, x, LEVELS, INDEX, sigma_threshold=0.5)
   below = LEVELS <= 0.5
   np.testing.assert_array_equal(found[below], np.asarray(x0)[below])
   above = stable(source, x0, x, LEVELS, INDEX)[~below]
@@ -324,9 +331,9 @@ def test_far_away_it_is_the_mean_of_the_class(x64):
   source = stored_examples()
   t = np.full(len(INDEX), 1e4)
   x0, x = noisy(source, INDEX, t)
-  x0 = jnp.asarray(data.as_x0(source, source.examples[INDEX]), float)  # none mirrored
+  x0 = jnp.asarray(as_x0(source, source.examples[INDEX]), float)  # none mirrored
   found = stable(source, x0, x, t, INDEX)
-  everything = np.asarray(data.as_x0(source, source.examples), float)
+  everything = np.asarray(as_x0(source, source.examples), float)
   means = np.array([everything[source.labels == k].mean(0) for k in range(3)])
   # Weights differ from equal ones by z (x_i - x_j) / t ~ 1e-4 of themselves.
   np.testing.assert_allclose(found, means[source.labels[INDEX]], atol=5e-4)
@@ -336,7 +343,7 @@ def test_the_target_varies_less_the_more_examples_it_averages_over(x64):
   draw = np.random.default_rng(0)
   mode = oracles.gaussian(np.zeros(2), 0.5)
   pool = oracles.sample(mode, jax.random.key(0), 4096)
-  source = data.points(oracle=mode)._replace(examples=np.asarray(pool))
+  source = points(oracle=mode)._replace(examples=np.asarray(pool))
   n, level = 512, 1.0
   x0 = jnp.asarray(0.5 * draw.normal(size=(n, 2)))
   x = x0 + level * jnp.asarray(draw.normal(size=(n, 2)))
@@ -344,7 +351,7 @@ def test_the_target_varies_less_the_more_examples_it_averages_over(x64):
   exact = oracles.denoiser(mode, x, jnp.asarray(t))
   errors = [np.mean(np.sum((x0 - exact) ** 2, axis=1))]
   for size in (4, 32, 256, 1024):
-    drawn = data.reference(source, per_class=size)
+    drawn = reference(source, per_class=size)
     outside = np.flatnonzero(drawn.slots < 0)[:n]  # none of the rows is stored
     found = stable(source, x0, x, t, outside, 1000, per_class=size)
     errors.append(np.mean(np.sum((found - exact) ** 2, axis=1)))
@@ -364,16 +371,16 @@ def test_a_block_at_a_time_is_in_memory(kind, conditional):
     labels=np.arange(size) % 4 if conditional else None,
     classes=4 * conditional,
   )
-  reference = fields.Reference(*map(jnp.asarray, data.reference(source)))
+  kept = fields.Reference(*map(jnp.asarray, reference(source)))
 
   def mean(reference, x, t, x0, cond, index):
     return fields.stable_denoiser(
-      reference, x0, cond, index, threshold=0.0, block=block
+      reference, x0, cond, index, sigma_threshold=0.0, block_size=block
     )(x, t)
 
   x, t, index = jnp.ones((rows, features)), jnp.ones(rows), jnp.arange(rows)
   cond = jnp.eye(4)[index % 4] if conditional else None
-  compiled = jax.jit(mean).lower(reference, x, t, x, cond, index).compile()
+  compiled = jax.jit(mean).lower(kept, x, t, x, cond, index).compile()
   needed = compiled.memory_analysis().temp_size_in_bytes
   # A block of floats a row, and as much again for what is small beside it; neither
   # rows x size x features, 512 blocks, nor the set as floats, 8.

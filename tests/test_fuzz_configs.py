@@ -12,10 +12,12 @@ import jax
 import numpy as np
 import pytest
 
-from cmjax import config as configs
-from cmjax import run as runs
-from cmjax import sharding, train
+from cmjax import train
 from cmjax.core import UserError
+from cmjax.runtime import sharding
+from cmjax.runtime.config import ConfigDict, checked, require
+from cmjax.runtime.overrides import override
+from cmjax.runtime.run import prepare
 from tests import test_configs
 from tests.test_configs import CONFIGS, shrunken
 
@@ -48,10 +50,11 @@ TUPLES = ['()', '(1,)', '(80.0, 1.0)', '(1.0, 80.0)', '(nan,)', '("x",)', '((1, 
 FUNCTIONS = [
   'cmjax.schedules:constant', 'cmjax.schedules:cosine', 'cmjax.samplers:ode',
   'cmjax.networks.mlp:mlp', 'cmjax.precond:edm', 'cmjax.precond:two_time',
-  'cmjax.distances:l1', 'cmjax.distances:uniform', 'cmjax.times:lognormal',
-  'cmjax.data:digits', 'cmjax.data:blank', 'cmjax.objectives.denoise:edm', 'optax:sgd',
-  'cmjax.objectives.discrete:ict', 'cmjax.core:Network', 'cmjax.main:main', 'os:times',
-  'os:sep', 'nowhere:f', 'cmjax:', ':', '.', 'json:loads', 'cmjax.data:np', '',
+  'cmjax.distances:l1', 'cmjax.weightings:uniform', 'cmjax.times:lognormal',
+  'cmjax.data.digits:digits', 'cmjax.data.blank:blank', 'optax:sgd', 'os:times',
+  'cmjax.objectives.denoise:edm', 'cmjax.objectives.consistency:ict',
+  'optax:constant_schedule', 'cmjax.core:Network', 'cmjax.main:main', 'os:sep',
+  'nowhere:f', 'cmjax:', ':', '.', 'json:loads', 'cmjax.data.source:np', '',
   'x' * 999,
 ]  # fmt: skip
 KEYS = ['fn', 'value', 'lr', 'x', 'batchsize', 'steps', '', 'network', 'a.b', '__doc__']
@@ -60,7 +63,7 @@ KEYS = ['fn', 'value', 'lr', 'x', 'batchsize', 'steps', '', 'network', 'a.b', '_
 def leaves(part, where=''):
   for key in part:
     value = part[key]
-    if isinstance(value, configs.ConfigDict):
+    if isinstance(value, ConfigDict):
       yield f'{where}{key}'
       yield from leaves(value, f'{where}{key}.')
     else:
@@ -97,9 +100,9 @@ def test_a_random_value_is_one_line_or_trains(case, stand_ins, monkeypatch, tmp_
   signal.alarm(DEADLINE_S)
   try:
     for key, text in overrides:
-      configs.override(config, key, text)
-    configs.require(configs.checked(config))
-    run = runs.prepare(config, sharding.data_mesh(jax.devices()[:1]))
+      override(config, key, text)
+    require(checked(config))
+    run = prepare(config, sharding.data_mesh(jax.devices()[:1]))
     train.check_memory(run)
   except UserError as error:
     one_line = str(error)

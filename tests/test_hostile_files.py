@@ -2,7 +2,7 @@
 
 `python -m tests.test_hostile_files FOLDER COUNT` reads the crafted files and COUNT
 damaged ones, and prints a line of JSON for each of the crafted, and one for the others.
-The tests run that as a process of its own, as a hang in C cannot be interrupted.
+The tests run it in a separate process, as a hang in C cannot be interrupted.
 """
 
 import io
@@ -75,8 +75,8 @@ def edm(arguments):
 
 
 def edm2(**arguments):
-  known = dict(img_resolution=b'K\x08', img_channels=b'K\3')
-  return edm(mapping(**known | arguments))
+  sizes = dict(img_resolution=b'K\x08', img_channels=b'K\3')
+  return edm(mapping(**sizes | arguments))
 
 
 def storage(key):
@@ -416,11 +416,13 @@ def measured(path, data):
   )
 
 
-def fine(found):
-  line = found['line']
+def is_fine(report):
+  line = report['line']
   refused = line.startswith('FILE: ') and line.isprintable() and len(line) < 400
-  within = found['seconds'] < MOST_S and found['peak'] < 2 * found['size'] + MOST_BYTES
-  return within and (refused or (found['opens'] and not line))
+  within = (
+    report['seconds'] < MOST_S and report['peak'] < 2 * report['size'] + MOST_BYTES
+  )
+  return within and (refused or (report['opens'] and not line))
 
 
 def main(folder, count):
@@ -432,7 +434,7 @@ def main(folder, count):
   for name, data in sorted(crafted(), key=lambda pair: len(pair[1])):
     print(json.dumps(dict(name=name)), flush=True)  # the last one, if it never returns
     found = measured(path, data)
-    print(json.dumps(found | dict(name=name, fine=fine(found))), flush=True)
+    print(json.dumps(found | dict(name=name, fine=is_fine(found))), flush=True)
   draw, files = np.random.default_rng(0), whole_files()
   worst = dict(name='damaged', seconds=0.0, peak=0, read=0, refused=0, bad=[])
   for _ in range(int(count)):
@@ -441,7 +443,7 @@ def main(folder, count):
     worst['seconds'] = max(worst['seconds'], found['seconds'])
     worst['peak'] = max(worst['peak'], found['peak'])
     worst['read' if found['opens'] else 'refused'] += 1
-    if not fine(found):
+    if not is_fine(found):
       worst['bad'].append(found)
       (Path(folder) / f'bad{len(worst["bad"])}').write_bytes(data)
   print(json.dumps(worst), flush=True)
@@ -449,7 +451,7 @@ def main(folder, count):
 
 @pytest.fixture(scope='module')
 def reports(tmp_path_factory):
-  """What reading in a process of its own gave, by name."""
+  """The report of each file, read in a separate process, by name."""
   folder = tmp_path_factory.mktemp('hostile')
   command = [
     sys.executable,

@@ -1,4 +1,4 @@
-"""The scripts of launch/ choose a Python, and say why if there is none."""
+"""The scripts of launch/ choose a Python and pass arguments on."""
 
 import subprocess
 
@@ -106,3 +106,29 @@ def test_a_python_of_the_user_is_not_replaced(environment):
   done = environment({'python3': '3.13', 'python3.10': '3.10'}, PYTHON='python3.10')
   assert done.returncode == 2
   assert 'python3.10 is 3.10' in done.stderr
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'passed'),
+  [
+    ([], []),
+    (['-k', 'a b'], ['-k', 'a b']),
+    (['--fast', 'tests/test_x.py'], ['-m', 'not slow', 'tests/test_x.py']),
+  ],
+)
+def test_fast_leaves_the_slow_tests_out(arguments, passed, tmp_path):
+  (tmp_path / 'launch').mkdir()
+  (tmp_path / 'launch' / 'test.sh').symlink_to(ROOT / 'launch' / 'test.sh')
+  (tmp_path / 'launch' / 'environment.sh').touch()
+  python = tmp_path / 'python'
+  python.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+  python.chmod(0o755)
+  done = subprocess.run(
+    ['/bin/bash', tmp_path / 'launch' / 'test.sh', *arguments],
+    env={'PATH': f'{tmp_path}:/usr/bin:/bin'},
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  words = ['-m', 'pytest', '-n', 'auto', '--dist', 'loadfile']
+  assert done.stdout.splitlines() == [*words, *passed]

@@ -10,7 +10,7 @@ from PIL import Image
 import pytest
 from tensorboard.backend.event_processing import event_accumulator
 
-from cmjax import logs
+from cmjax.runtime import logs
 
 WHITE = 255
 BLUE = (0x1F, 0x77, 0xB4)  # matplotlib's first colour, C0
@@ -143,7 +143,7 @@ def test_every_line_of_the_metrics_is_json_and_there_at_once(log, tmp_path):
   assert lines(tmp_path)[1:] == [{'step': 20, 'loss': 0.25}]
 
 
-def test_a_log_that_is_opened_again_goes_on(log, tmp_path):
+def test_a_log_that_is_opened_again_is_appended_to(log, tmp_path):
   log.scalars(1, {'loss': 1.0})
   log.close()
   again = logs.RunLog(tmp_path, primary=True, start=10**6)
@@ -195,8 +195,8 @@ def test_damaged_rows_are_dropped_and_counted_and_no_other(
   log.close()
   new = b'{"step": 4, "loss": 1.0}'
   assert path.read_bytes() == b'\n'.join([*ROWS, new, b''])
-  said = f'{path}: dropped 2 row(s) that cannot be read\n'
-  assert capsys.readouterr().out == said
+  expected = f'{path}: dropped 2 row(s) that cannot be read\n'
+  assert capsys.readouterr().out == expected
 
 
 @pytest.mark.parametrize('last', [b'', b'\n', b'\r\n'])
@@ -284,11 +284,11 @@ def test_the_time_to_compile_is_not_in_the_time_left(capsys, monkeypatch):
   assert out == 'step 1/11 loss=1 left=?\nstep 3/11 loss=1 left=8s\n'
 
 
-def test_what_takes_long_says_how_far_it_is(capsys, monkeypatch):
+def test_long_work_reports_its_progress(capsys, monkeypatch):
   now = iter(range(0, 1000, 6))
   monkeypatch.setattr(time, 'monotonic', lambda: next(now))
   assert list(logs.counted(list('abcde'), 64, 'samples')) == list('abcde')
-  # The clock goes on by 6 s a look: more than ten seconds are over every second one.
+  # The clock advances by 6 s per call, so every second call is 10 s after a report.
   assert capsys.readouterr().out.splitlines() == [
     '64/320 samples left=48s',
     '192/320 samples left=16s',

@@ -1,4 +1,4 @@
-"""Released checkpoints of every family open, with the numbers of their own code."""
+"""Released checkpoints of every family load, with the numbers of their own code."""
 
 from collections import OrderedDict
 import json
@@ -7,9 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from cmjax import build, pretrained
 from cmjax.core import UserError
 from cmjax.networks import mlp
+from cmjax.runtime import build, pretrained
+from cmjax.runtime.config import ConfigDict
 from tests import foreign, recipe
 from tests.conftest import ROOT
 
@@ -24,7 +25,7 @@ def golden(family):
   return found | {key: json.loads(str(found[key])) for key in ('names', 'arguments')}
 
 
-def made(family):
+def tensors_of(family):
   """The family's tensors by the recipe, in the file's own dtype."""
   tensors = {n: recipe.weights(n, s) for n, s in golden(family)['names'].items()}
   dtype = np.float16 if family == 'edm2' else np.float32
@@ -63,12 +64,12 @@ def pickled(tensors, class_name, arguments):
 
 def write(folder, family, tensors=None, name='', **arguments):
   """A file of the family in its own format."""
-  tensors = made(family) if tensors is None else tensors
+  tensors = tensors_of(family) if tensors is None else tensors
   facts = golden(family)
   if family in PICKLES:
     path = folder / (name or f'{family}.pkl')
-    known = facts['arguments'] | arguments
-    path.write_bytes(pickled(tensors, str(facts['class_name']), known))
+    constructor = facts['arguments'] | arguments
+    path.write_bytes(pickled(tensors, str(facts['class_name']), constructor))
   elif family in TORCH:
     path = folder / (name or f'{family}.pt')
     path.write_bytes(foreign.torch_zip(tensors))
@@ -93,13 +94,13 @@ def relative(a, b):
 @pytest.fixture(scope='module', params=[*PICKLES, *TORCH, *MSGPACK])
 def opened(request, tmp_path_factory, one_device):
   path = write(tmp_path_factory.mktemp('released'), request.param)
-  said = []
-  model = pretrained.load(path, mesh=one_device, say=said.append)
-  return request.param, path, model, said
+  messages = []
+  model = pretrained.load(path, mesh=one_device, say=messages.append)
+  return request.param, path, model, messages
 
 
 def test_a_released_checkpoint_gives_the_numbers_of_its_own_code(opened):
-  family, _, model, said = opened
+  family, _, model, messages = opened
   facts = golden(family)
   # Float32 in another order of operations: measured 1e-7 to 1e-6.
   assert relative(outputs(model, family), facts['output']) < 1e-5
@@ -107,10 +108,10 @@ def test_a_released_checkpoint_gives_the_numbers_of_its_own_code(opened):
   assert model.shape == (size, size, 3)
   assert model.classes == facts['classes']
   assert model.unread == ()
-  assert said == []
+  assert messages == []
 
 
-def test_a_released_checkpoint_says_what_it_is(opened):
+def test_a_released_checkpoint_is_recognised(opened):
   family, _, model, _ = opened
   of = {
     'ddpmpp': ('NVlabs/edm', 'edm'),
@@ -161,31 +162,31 @@ def test_edm2_brings_its_uncertainty(tmp_path, one_device):
 
 
 def test_edm2_tuned_by_ect_has_no_uncertainty(tmp_path, one_device):
-  tensors = {n: a for n, a in made('edm2').items() if 'logvar' not in n}
+  tensors = {n: a for n, a in tensors_of('edm2').items() if 'logvar' not in n}
   path = write(tmp_path, 'edm2', tensors, dropout_res=16)
   model = pretrained.load(path, mesh=one_device)
   assert 'log_weight' not in model.params
   assert relative(outputs(model, 'edm2'), golden('edm2')['output']) < 1e-5
 
 
-def test_a_name_that_is_there_twice_is_refused(tmp_path):
+def test_a_duplicate_name_is_refused(tmp_path):
   path = tmp_path / 'cd-l2'
   twice = {'a': {'b': np.ones(2)}, 'a/b': np.ones(2)}
   path.write_bytes(foreign.flax(dict(params_ema=twice)))
-  with pytest.raises(UserError, match='there twice'):
+  with pytest.raises(UserError, match='duplicate'):
     pretrained.load(path)
 
 
-def test_augmentation_is_read_and_can_be_told(tmp_path, one_device):
+def test_augmentation_is_an_input(tmp_path, one_device):
   model = pretrained.load(write(tmp_path, 'ddpmpp'), mesh=one_device)
   assert model.params['map_augment']['kernel'].shape == (9, 16)
   x, sigma, _, cond = recipe.inputs(16, 3, 5)
   plain = model.f(model.params, x, sigma, cond)
-  told = [np.concatenate([cond, np.full((2, 9), v, 'f4')], axis=1) for v in (0, 1)]
-  np.testing.assert_array_equal(model.f(model.params, x, sigma, told[0]), plain)
-  assert relative(model.f(model.params, x, sigma, told[1]), plain) > 1e-3
+  augmented = [np.concatenate([cond, np.full((2, 9), v, 'f4')], axis=1) for v in (0, 1)]
+  np.testing.assert_array_equal(model.f(model.params, x, sigma, augmented[0]), plain)
+  assert relative(model.f(model.params, x, sigma, augmented[1]), plain) > 1e-3
   with pytest.raises(ValueError, match='5 columns of labels, or 9 more'):
-    model.f(model.params, x, sigma, told[0][:, :8])
+    model.f(model.params, x, sigma, augmented[0][:, :8])
 
 
 @pytest.mark.parametrize(
@@ -198,7 +199,7 @@ def test_augmentation_is_read_and_can_be_told(tmp_path, one_device):
   ],
 )
 def test_a_missing_a_foreign_and_a_reshaped_tensor_are_named(family, conv, tmp_path):
-  tensors = made(family)
+  tensors = tensors_of(family)
   without = {name: a for name, a in tensors.items() if name != conv}
   with pytest.raises(UserError, match='has no ') as error:
     pretrained.load(write(tmp_path, family, without))
@@ -208,69 +209,75 @@ def test_a_missing_a_foreign_and_a_reshaped_tensor_are_named(family, conv, tmp_p
     pretrained.load(write(tmp_path, family, other))
   assert conv in str(error.value)
   stray = f'{conv}_copy'
-  said = []
+  messages = []
   more = tensors | {stray: tensors[conv]}
-  model = pretrained.load(write(tmp_path, family, more), say=said.append)
+  model = pretrained.load(write(tmp_path, family, more), say=messages.append)
   assert model.unread == (stray,)
-  assert len(said) == 1
-  assert stray in said[0]
+  assert len(messages) == 1
+  assert stray in messages[0]
   broken = tensors | {conv: np.full_like(tensors[conv], np.nan)}
-  with pytest.raises(UserError, match='is not finite') as error:
+  with pytest.raises(UserError, match='not finite') as error:
     pretrained.load(write(tmp_path, family, broken))
   assert conv in str(error.value)
 
 
-def test_what_a_student_does_not_take_from_a_released_file_is_said(
+def test_released_tensors_that_a_student_does_not_use_are_reported(
   tmp_path, one_device
 ):
   path = write(tmp_path, 'ddpmpp')
   model = pretrained.load(path, mesh=one_device)
   part = model.config.network.to_dict() | dict(augment=0, log_weight=True)
-  network = build.build(pretrained.configs.ConfigDict(part), 'network')
+  network = build.build(ConfigDict(part), 'network')
   like = pretrained.abstract_params(network, (16, 16, 3), 5, one_device)
-  said = []
-  params, own = pretrained.load_weights(path, like, said.append)
-  assert said == [f"{path}: tensors that are not used: 'model.map_augment.weight'"]
-  assert (own.network, own.precond) == (model.config.network, model.config.precond)
+  messages = []
+  params, config = pretrained.load_weights(path, like, messages.append)
+  assert messages == [f"{path}: tensors that are not used: 'model.map_augment.weight'"]
+  assert (config.network, config.precond) == (
+    model.config.network,
+    model.config.precond,
+  )
   assert not np.any(params.pop('log_weight'))
-  known = {k: v for k, v in model.params.items() if k != 'map_augment'}
-  assert jax.tree.structure(params) == jax.tree.structure(known)
-  for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(known)):
+  expected = {k: v for k, v in model.params.items() if k != 'map_augment'}
+  assert jax.tree.structure(params) == jax.tree.structure(expected)
+  for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(expected)):
     np.testing.assert_array_equal(a, b)
 
 
-def test_a_name_that_does_not_say_the_form_is_refused(tmp_path, one_device):
+def test_a_name_without_the_form_is_refused(tmp_path, one_device):
   path = write(tmp_path, 'cd_imagenet', name='model.pt')
-  with pytest.raises(UserError, match='does not say whether it is a denoiser'):
+  with pytest.raises(UserError, match='denoiser or a consistency function'):
     pretrained.load(path, mesh=one_device)
   model = pretrained.load(path, form='consistency', mesh=one_device)
   expected = golden('cd_imagenet')['output']
   assert relative(outputs(model, 'cd_imagenet'), expected) < 1e-5
   denoiser = pretrained.load(path, form='denoiser', mesh=one_device)
   assert denoiser.config.precond.fn == 'cmjax.precond:edm'
-  with pytest.raises(UserError, match=r"form must be one of .*, got 'flow'"):
+  with pytest.raises(UserError, match=r"form must be one of .*; got 'flow'"):
     pretrained.load(path, form='flow')
 
 
 @pytest.mark.parametrize(
-  ('arguments', 'told'),
+  ('arguments', 'message'),
   [
-    (dict(encoder_type='skip'), "encoder_type='skip', which is not here"),
-    (dict(decoder_type='skip'), "decoder_type='skip', which is not here"),
-    (dict(model_type='Transformer'), "model_type='Transformer', which is not here"),
-    (dict(channel_mult_emb=2), 'channel_mult_emb=2, which is not here'),
-    (dict(sparkle=3), 'sparkle=3, which is not known here'),
-    (dict(sparkle='a' * 10**5), "sparkle='a{30,50}....*, which is not known here"),
-    (dict(model_channels='16'), "model_channels='16', which is not here"),
-    (dict(channel_mult=[1, 2.5]), r'channel_mult=\(1, 2.5\), which is not here'),
-    (dict(sigma_data=float('nan')), 'sigma_data=nan, which is not here'),
+    (dict(encoder_type='skip'), "encoder_type='skip', which is not supported"),
+    (dict(decoder_type='skip'), "decoder_type='skip', which is not supported"),
+    (
+      dict(model_type='Transformer'),
+      "model_type='Transformer', which is not supported",
+    ),
+    (dict(channel_mult_emb=2), 'channel_mult_emb=2, which is not supported'),
+    (dict(sparkle=3), 'sparkle=3, which is not supported'),
+    (dict(sparkle='a' * 10**5), "sparkle='a{30,50}....*, which is not supported"),
+    (dict(model_channels='16'), "model_channels='16', which is not supported"),
+    (dict(channel_mult=[1, 2.5]), r'channel_mult=\(1, 2.5\), which is not supported'),
+    (dict(sigma_data=float('nan')), 'sigma_data=nan, which is not supported'),
     (dict(img_resolution=10**9), 'the shape must be 1 or 3 whole numbers'),
     (dict(label_dim=-1), 'the number of classes must be in'),
-    (dict(num_blocks=10**8), 'config.network: blocks must be a whole number in'),
+    (dict(num_blocks=10**8), 'num_blocks must be a whole number in'),
   ],
 )
-def test_a_network_that_is_not_here_is_named(arguments, told, tmp_path):
-  with pytest.raises(UserError, match=told) as error:
+def test_an_unsupported_network_is_named(arguments, message, tmp_path):
+  with pytest.raises(UserError, match=message) as error:
     pretrained.load(write(tmp_path, 'ddpmpp', **arguments))
   assert '\n' not in str(error.value)
 
@@ -285,28 +292,28 @@ def test_a_network_that_is_not_here_is_named(arguments, told, tmp_path):
   ],
 )
 def test_attention_of_another_layout_is_named(family, qkv, shape, tmp_path):
-  tensors = made(family)
+  tensors = tensors_of(family)
   assert qkv in tensors
   odd = np.zeros(shape, np.float32)
-  with pytest.raises(UserError, match=r'another network|do not join') as error:
+  with pytest.raises(UserError, match=r'another network|differs in shape') as error:
     pretrained.load(write(tmp_path, family, tensors | {qkv: odd}))
   assert '\n' not in str(error.value)
 
 
 def test_a_student_of_another_network_is_refused(tmp_path, one_device):
   path = write(tmp_path, 'cd_imagenet')
-  student = mlp.mlp(width=8, blocks=1, embedding=8)
+  student = mlp.mlp(width=8, num_blocks=1, embedding=8)
   like = pretrained.abstract_params(student, (8, 8, 3), 0, one_device)
-  with pytest.raises(UserError, match=r'has no parameter .*; another network'):
+  with pytest.raises(UserError, match=r'has no parameter .*another network'):
     pretrained.load_weights(path, like)
 
 
-def test_other_files_say_what_they_hold(tmp_path):
+def test_other_files_are_refused_with_their_contents(tmp_path):
   path = tmp_path / 'cd.pt'
   path.write_bytes(foreign.torch_zip({'weight': np.zeros(2, np.float32)}))
-  with pytest.raises(UserError, match=r"not a checkpoint of EDM.*it holds 'weight'"):
+  with pytest.raises(UserError, match=r"not a checkpoint of EDM.*it contains 'weight'"):
     pretrained.load(path)
-  baseline = pickled(made('ddpmpp'), 'VPPrecond', {})
+  baseline = pickled(tensors_of('ddpmpp'), 'VPPrecond', {})
   path.write_bytes(baseline)
-  with pytest.raises(UserError, match='holds a VPPrecond; known are EDMPrecond'):
+  with pytest.raises(UserError, match='contains a VPPrecond; supported are EDMPrecond'):
     pretrained.load(path)

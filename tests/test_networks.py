@@ -1,4 +1,4 @@
-"""Settings of networks, which may come from a stranger's file, are checked first."""
+"""Settings of networks, which may come from an untrusted file, are checked first."""
 
 import time
 
@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cmjax.networks import adm, edm2, layers, mlp, songunet
+from cmjax.networks import adapter, adm, edm2, mlp, songunet
 
 UNETS = [songunet.songunet, adm.adm, edm2.edm2]
 BUILDERS = [mlp.mlp, *UNETS]
 WHOLE = {
-  'blocks': BUILDERS,
-  'clocks': BUILDERS,
+  'num_blocks': BUILDERS,
+  'num_times': BUILDERS,
   'width': [mlp.mlp],
   'embedding': [mlp.mlp],
   'channels': UNETS,
@@ -27,8 +27,16 @@ REAL = {
   'balance': [edm2.edm2],
   'clip': [edm2.edm2],
 }
-WHOLES = {'channel_mult': UNETS, 'attention': UNETS, 'taps': [songunet.songunet]}
-WORDS = {'dtype': BUILDERS, 'attend': UNETS, 'embedding': [songunet.songunet]}
+WHOLES = {
+  'channel_mult': UNETS,
+  'attention_resolutions': UNETS,
+  'taps': [songunet.songunet],
+}
+WORDS = {
+  'dtype': BUILDERS,
+  'attention_implementation': UNETS,
+  'embedding': [songunet.songunet],
+}
 BOOLS = {
   'log_weight': BUILDERS,
   'remat': UNETS,
@@ -59,7 +67,7 @@ def cases():
 
 
 @pytest.mark.parametrize(('build', 'name', 'values'), list(cases()))
-def test_a_setting_that_builds_no_network_is_named_in_one_line(build, name, values):
+def test_an_invalid_setting_is_named_in_one_line(build, name, values):
   for value in values:
     began = time.process_time()
     with pytest.raises(ValueError, match=f'^{name} must be ') as caught:
@@ -81,31 +89,34 @@ def test_every_setting_is_checked():
     assert set(build.__kwdefaults__) == checked[build], build.__name__
 
 
-def test_settings_of_other_types_that_mean_the_same():
+def test_equivalent_settings_of_other_types():
   songunet.songunet(channels=np.int64(8), channel_mult=[1, 2], dropout=np.float32(0.1))
-  edm2.edm2(clip=256, balance=np.float64(0.5), attention=[], noise_scale=1)
+  edm2.edm2(clip=256, balance=np.float64(0.5), attention_resolutions=[], noise_scale=1)
 
 
 @pytest.mark.parametrize('build', UNETS)
-def test_the_blocks_of_all_levels_are_bounded_together(build):
-  with pytest.raises(ValueError, match='of each of 16 levels are more than'):
-    build(blocks=layers.MOST_BLOCKS // 8, channel_mult=(1,) * 16)
+def test_the_total_number_of_blocks_is_bounded(build):
+  with pytest.raises(ValueError, match=r'num_blocks.* 16 levels'):
+    build(num_blocks=adapter.MAX_BLOCKS // 8, channel_mult=(1,) * 16)
 
 
 @pytest.mark.parametrize('setting', [dict(balance=0), dict(clip=0)])
 def test_edm2_needs_positive_numbers(setting):
-  with pytest.raises(ValueError, match=r'needs balance=.*clip='):
+  with pytest.raises(ValueError, match='balance and clip'):
     edm2.edm2(**setting)
 
 
 def test_the_filter_of_songunet_does_not_divide_by_zero():
-  with pytest.raises(ValueError, match='not all of them 0'):
+  with pytest.raises(ValueError, match=r'taps .*not all 0'):
     songunet.songunet(taps=(0, 0))
 
 
 def test_the_largest_network_has_its_shapes_in_seconds():
   net = songunet.songunet(
-    channels=2**16, channel_mult=(1,), blocks=layers.MOST_BLOCKS // 4, attention=(32,)
+    channels=2**16,
+    channel_mult=(1,),
+    num_blocks=adapter.MAX_BLOCKS // 4,
+    attention_resolutions=(32,),
   )
   struct = jax.ShapeDtypeStruct
   began = time.process_time()

@@ -1,4 +1,4 @@
-"""Optimisers of our own."""
+"""Optimisers that optax does not have."""
 
 import jax
 import jax.numpy as jnp
@@ -6,16 +6,21 @@ import numpy as np
 import optax
 import pytest
 
-from cmjax import build, optimizers
-from cmjax import config as configs
+from cmjax import optimizers
 from cmjax.networks import edm2
+from cmjax.runtime import build
+from cmjax.runtime.config import ConfigDict
 
 
 @pytest.fixture(scope='module')
 def trained():
   """Parameters of an EDM2 network before and after three steps of Adam."""
   net = edm2.edm2(
-    channels=8, channel_mult=(1, 2), blocks=1, attention=(4,), head_channels=4
+    channels=8,
+    channel_mult=(1, 2),
+    num_blocks=1,
+    attention_resolutions=(4,),
+    head_channels=4,
   )
   x, c_noise = jax.random.normal(jax.random.key(0), (2, 8, 8, 3)), jnp.zeros(2)
   first = jax.jit(lambda: net.init(jax.random.key(1), x, c_noise, None))()
@@ -60,12 +65,12 @@ def test_gains_are_left_to_the_optimiser(trained):
   )  # a constant of the network: its gradient is zero
 
 
-def test_a_config_can_ask_for_it():
+def test_a_config_can_name_it():
   part = dict(
     fn='cmjax.optimizers:unit_weights',
     optimizer=dict(fn='optax:sgd', learning_rate=1.0),
   )
-  tx = build.build(configs.ConfigDict(part), 'config.optimizer')
+  tx = build.build(ConfigDict(part), 'config.optimizer')
   params = {'weight': jnp.full((4, 2), 3.0), 'bias': jnp.ones(2)}
   updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
   moved = optax.apply_updates(params, updates)
@@ -73,7 +78,7 @@ def test_a_config_can_ask_for_it():
   np.testing.assert_array_equal(moved['bias'], params['bias'])
 
 
-def test_it_needs_the_parameters():
+def test_it_needs_params():
   tx = optimizers.unit_weights(optimizer=optax.sgd(1.0))
-  with pytest.raises(ValueError, match='needs the parameters'):
+  with pytest.raises(ValueError, match='needs params'):
     tx.update({'weight': jnp.ones((2, 2))}, tx.init({'weight': jnp.ones((2, 2))}))

@@ -66,8 +66,10 @@ def test_denoiser_of_points_is_their_softmax(at):
   x, t = (np.asarray(v) for v in at)
   for i, found in enumerate(DENOISER(POINTS, *at)):
     logits = -np.sum((x[i] - POINTS.means) ** 2, axis=1) / (2 * t[i] ** 2)
-    share = np.exp(logits - logits.max())
-    np.testing.assert_allclose(found, share @ POINTS.means / share.sum(), rtol=1e-12)
+    weights = np.exp(logits - logits.max())
+    np.testing.assert_allclose(
+      found, weights @ POINTS.means / weights.sum(), rtol=1e-12
+    )
 
 
 def test_denoiser_of_points_goes_from_the_nearest_to_the_mean(at):
@@ -100,14 +102,14 @@ def test_denoiser_keeps_the_dtype_of_x(name, at):
 @pytest.mark.parametrize('std', [STD, 0.0])
 def test_consistency_of_a_gaussian_has_its_closed_form(std, at):
   x, t = (np.asarray(v) for v in at)
-  found = CONSISTENCY(oracles.gaussian(MEAN, std), *at, s=0.01)
+  found = CONSISTENCY(oracles.gaussian(MEAN, std), *at, sigma_end=0.01)
   shrink = np.sqrt((std**2 + 0.01**2) / (std**2 + t**2))[:, None]
   np.testing.assert_allclose(found, MEAN + shrink * (x - MEAN), rtol=1e-13)
 
 
 def test_consistency_by_integration_agrees_with_the_closed_form(at):
   halves = oracles.Mixture(np.full(2, 0.5), np.stack([MEAN, MEAN]), np.full(2, STD))
-  found = CONSISTENCY(halves, *at, steps=512)
+  found = CONSISTENCY(halves, *at, num_steps=512)
   exact = CONSISTENCY(GAUSSIAN, *at)
   np.testing.assert_allclose(found, exact, atol=1e-9)  # the integrator's at 512 steps
 
@@ -115,7 +117,7 @@ def test_consistency_by_integration_agrees_with_the_closed_form(at):
 @pytest.mark.parametrize('name', ['gaussian', 'mixture'])
 def test_consistency_is_the_identity_at_its_end(name, at):
   x, t = at
-  found = CONSISTENCY(ORACLES[name], x, jnp.full_like(t, 0.3), s=0.3)
+  found = CONSISTENCY(ORACLES[name], x, jnp.full_like(t, 0.3), sigma_end=0.3)
   np.testing.assert_allclose(found, x, rtol=1e-13)
 
 
@@ -123,9 +125,9 @@ def test_consistency_is_the_identity_at_its_end(name, at):
 def test_consistency_maps_compose(name, bound, at):
   oracle, (x, t) = ORACLES[name], at
   r = 0.08
-  x_r = CONSISTENCY(oracle, x, t, s=r, steps=512)
-  through = CONSISTENCY(oracle, x_r, jnp.full_like(t, r), steps=512)
-  direct = CONSISTENCY(oracle, x, t, steps=512)
+  x_r = CONSISTENCY(oracle, x, t, sigma_end=r, num_steps=512)
+  through = CONSISTENCY(oracle, x_r, jnp.full_like(t, r), num_steps=512)
+  direct = CONSISTENCY(oracle, x, t, num_steps=512)
   assert np.max(np.abs(x_r - direct)) > 1e-3
   np.testing.assert_allclose(through, direct, atol=bound)
 
@@ -145,9 +147,9 @@ def test_consistency_is_constant_along_the_flow(name, bound, at):
 
 
 def test_consistency_converges_with_order_four(at):
-  exact = CONSISTENCY(MIXTURE, *at, steps=1024)
+  exact = CONSISTENCY(MIXTURE, *at, num_steps=1024)
   errors = [
-    float(np.max(np.abs(CONSISTENCY(MIXTURE, *at, steps=steps) - exact)))
+    float(np.max(np.abs(CONSISTENCY(MIXTURE, *at, num_steps=steps) - exact)))
     for steps in (64, 128, 256)
   ]
   orders = np.log2(np.array(errors[:-1]) / errors[1:])

@@ -19,10 +19,10 @@ from tests.conftest import ROOT
 SMALL = [
   '--config=configs/edm.py:digits',
   '--config.network.width=64',
-  '--config.network.blocks=1',
+  '--config.network.num_blocks=1',
   '--config.network.embedding=8',
   '--config.batch_size=32',
-  '--config.evaluation.pictured=32',
+  '--config.evaluation.num_pictured=32',
   '--config.every.log_steps=1',
 ]
 
@@ -45,7 +45,7 @@ def launched(processes, devices, *arguments):
 
 
 def output(pod):
-  # Far beyond what these take, and only there to end what hangs.
+  # Much longer than these take; ends those that hang.
   text, _ = pod.communicate(timeout=300)
   return text
 
@@ -60,14 +60,14 @@ def test_two_processes_of_four_devices_are_one_of_eight(fsdp, tmp_path):
     '--config.total_images=1600',
     '--config.every.picture_steps=50',
     f'--config.mesh.fsdp={fsdp}',
-    f'--config.mesh.slices={1 + fsdp}',
+    f'--config.mesh.num_slices={1 + fsdp}',
   ]
   pods = {n: launched(n, 8 // n, *arguments, f'--workdir={tmp_path / str(n)}')
           for n in (1, 2)}  # fmt: skip
   for n, pod in pods.items():
     text = output(pod)
     assert pod.returncode == 0, text
-    # The first process alone says it.
+    # By the first process only.
     assert text.count(f'done: {tmp_path / str(n)}') == 1, text
   one, two = rows(tmp_path / '1'), rows(tmp_path / '2')
   assert [row['step'] for row in two] == list(range(1, 51))
@@ -97,25 +97,25 @@ def pod(tmp_path):
     os.killpg(pod.pid, signal.SIGKILL)
 
 
-def test_one_process_that_is_told_to_stop_is_enough(pod, tmp_path):
+def test_a_sigterm_to_one_process_is_enough(pod, tmp_path):
   running, pids = pod
   os.kill(pids[-1], signal.SIGTERM)
   text = output(running)
   assert running.returncode == 0, text
-  (step,) = re.findall(r'to stop: saved step (\d+)', text)
+  (step,) = re.findall(r'saved step (\d+)', text)
   assert (tmp_path / 'checkpoints' / step).is_dir()
 
 
 def test_a_process_that_dies_takes_the_others_with_it_also_a_stopped_one(pod):
   running, pids = pod
-  begun = time.monotonic()
+  start = time.monotonic()
   os.kill(pids[0], signal.SIGSTOP)
   os.kill(pids[-1], signal.SIGKILL)
   text = output(running)
   assert running.returncode == 128 + signal.SIGKILL, text
   assert 'local_pod: process 1 ended with code 137; stopping the others' in text
   assert 'local_pod: process 0 is stopped by a signal and does not answer' in text
-  assert time.monotonic() - begun < 60
+  assert time.monotonic() - start < 60
   assert not any(Path(f'/proc/{pid}').exists() for pid in pids)
 
 
@@ -128,7 +128,8 @@ def test_processes_without_a_coordinator_are_refused(tmp_path):
 
 AGREE = """
 import sys
-from cmjax import core, sharding
+from cmjax import core
+from cmjax.runtime import sharding
 port, process = int(sys.argv[1]), int(sys.argv[2])
 sharding.start(f'localhost:{port}', 2, process)
 sharding.check_same({'config': 'seed: 1'})
@@ -140,7 +141,7 @@ except core.UserError as error:
 """
 
 
-def test_processes_agree_or_all_say_where_they_differ():
+def test_processes_agree_or_all_raise_the_difference():
   with socket.socket() as free:
     free.bind(('localhost', 0))
     port = free.getsockname()[1]
@@ -155,9 +156,9 @@ def test_processes_agree_or_all_say_where_they_differ():
     )
     for process in range(2)
   ]
-  said = 'config: process 1 has seed: 1, process 0 has seed: 0; give every process the'
+  difference = 'config: process 1 has seed: 1, process 0 has seed: 0; give the same'
   for process in started:
     agreed, refusal = output(process).splitlines()[-2:]  # gloo has lines of its own
     assert process.returncode == 0
     assert agreed == 'True False'
-    assert refusal == f'{said} same'
+    assert refusal == f'{difference} to all processes'

@@ -22,7 +22,7 @@ VECTORS = [
 
 
 def network(value, seen=None):
-  """A network that answers `value` and notes what it was asked."""
+  """A network with constant output that records its arguments."""
 
   def apply(params, x, c_noise, cond, *, key=None):
     if seen is not None:
@@ -100,7 +100,7 @@ def test_parameters_label_and_key_reach_the_network_unchanged():
 
 
 def mixing(params, x, t, cond, *, key=None):
-  """A network that answers by x, t and label."""
+  """A network that depends on x, t and label."""
   return jnp.sin(3 * x) + expand(jnp.sin(t), x) + cond[:, :1]
 
 
@@ -113,13 +113,13 @@ def noisy(x64):
 
 
 @pytest.mark.parametrize('sigma_data', [0.3, 0.5])
-def test_trigflow_is_written_out_at_its_own_clock(sigma_data, noisy):
+def test_trigflow_is_its_formula_written_out(sigma_data, noisy):
   x, t, cond = noisy
   model = precond.trigflow(core.Network(None, mixing), sigma_data=sigma_data)
   angle = np.arctan(np.asarray(t) / sigma_data)[:, None]
-  there = np.cos(angle) * np.asarray(x)  # cos x0 + sin sigma_data z
-  raw = np.sin(3 * there / sigma_data) + np.sin(angle) + np.asarray(cond)[:, :1]
-  expected = np.cos(angle) * there - np.sin(angle) * sigma_data * raw
+  x_t = np.cos(angle) * np.asarray(x)  # cos x0 + sin sigma_data z
+  raw = np.sin(3 * x_t / sigma_data) + np.sin(angle) + np.asarray(cond)[:, :1]
+  expected = np.cos(angle) * x_t - np.sin(angle) * sigma_data * raw
   # A few float64 operations on numbers up to 80.
   np.testing.assert_allclose(model(None, x, t, cond), expected, rtol=1e-11, atol=1e-13)
 
@@ -137,7 +137,7 @@ def test_trigflow_is_edm_with_the_sign_of_the_network_turned(noisy):
   np.testing.assert_allclose(found, expected, rtol=1e-11, atol=1e-13)  # as above
 
 
-def test_trigflow_asks_its_network_for_angles_of_data_of_deviation_one():
+def test_trigflow_calls_its_network_at_angles_with_normalised_data():
   seen, key = {}, jax.random.key(0)
   x, t, cond = 2 * jnp.ones((2, 3)), jnp.array([0.5, 1e4]), jnp.eye(2)
   precond.trigflow(network(1.0, seen))('params', x, t, cond, key=key)
@@ -160,19 +160,19 @@ def test_the_slope_at_the_boundary_is_the_network_s(build, x64):
 # Two times -------------------------------------------------------------------------
 
 
-def two_clocks(params, x, clocks, cond, *, key=None):
-  t, length = clocks[:, :1], clocks[:, 1:]
+def two_times(params, x, c_noise, cond, *, key=None):
+  t, length = c_noise[:, :1], c_noise[:, 1:]
   return jnp.sin(3 * x) + t**2 + 2 * length + cond[:, :1]
 
 
-def test_two_time_moves_along_its_average_velocity_at_the_linear_clock(noisy):
+def test_two_time_moves_along_its_average_velocity(noisy):
   x, t, cond = noisy
   s = jnp.array([0.0, 0.05, 0.5, 0.4, 3.0])
-  model = precond.two_time(core.Network(None, two_clocks, clocks=2))
+  model = precond.two_time(core.Network(None, two_times, num_times=2))
   at, then = (np.asarray(v / (1 + v))[:, None] for v in (t, s))
-  there = (1 - at) * np.asarray(x)  # (1 - t) x0 + t z
-  raw = np.sin(3 * there) + at**2 + 2 * (at - then) + np.asarray(cond)[:, :1]
-  expected = (there - (at - then) * raw) / (1 - then)
+  x_t = (1 - at) * np.asarray(x)  # (1 - t) x0 + t z
+  raw = np.sin(3 * x_t) + at**2 + 2 * (at - then) + np.asarray(cond)[:, :1]
+  expected = (x_t - (at - then) * raw) / (1 - then)
   found = model.move(None, x, t, s, cond)
   # A few float64 operations; 1 - at is 1 / 81 at the largest noise level.
   np.testing.assert_allclose(found, expected, rtol=1e-11, atol=1e-13)
@@ -180,9 +180,9 @@ def test_two_time_moves_along_its_average_velocity_at_the_linear_clock(noisy):
   np.testing.assert_array_equal(model(None, x, t, cond), clean)
 
 
-def test_two_time_stays_where_it_is_without_a_way_to_go(noisy):
+def test_two_time_is_the_identity_for_equal_noise_levels(noisy):
   x, t, cond = noisy
-  model = precond.two_time(core.Network(None, two_clocks, clocks=2))
+  model = precond.two_time(core.Network(None, two_times, num_times=2))
   # (x (1 - t)) / (1 - t) rounds.
   np.testing.assert_allclose(model.move(None, x, t, t, cond), x, rtol=1e-14)
 
@@ -191,31 +191,31 @@ def test_two_time_of_the_exact_average_velocity_is_the_exact_map(noisy):
   x, t, cond = noisy
   oracle = oracles.gaussian(np.array([0.3, -0.2, 0.1]), 0.4)
 
-  def apply(params, x, clocks, cond, *, key=None):
-    at, then = clocks[:, 0], clocks[:, 0] - clocks[:, 1]
-    y, level = process.change_clock(process.LINEAR, process.VE, x, at)
+  def apply(params, x, c_noise, cond, *, key=None):
+    at, then = c_noise[:, 0], c_noise[:, 0] - c_noise[:, 1]
+    y, level = process.change_process(process.LINEAR, process.VE, x, at)
     lower = then / (1 - then)
     mean = jnp.asarray(oracle.means)
     shrink = jnp.sqrt((0.4**2 + lower**2) / (0.4**2 + level**2))
     y = mean + expand(shrink, y) * (y - mean)
-    moved, _ = process.change_clock(process.VE, process.LINEAR, y, lower)
-    return (x - moved) / clocks[:, 1:]
+    moved, _ = process.change_process(process.VE, process.LINEAR, y, lower)
+    return (x - moved) / c_noise[:, 1:]
 
-  model = precond.two_time(core.Network(None, apply, clocks=2))
+  model = precond.two_time(core.Network(None, apply, num_times=2))
   # Differences of times of 1e-3 cost three digits of float64, and 1 / 81 two.
-  exact = oracles.consistency(oracle, x, t, s=0.0)
+  exact = oracles.consistency(oracle, x, t, 0.0)
   np.testing.assert_allclose(model(None, x, t, cond), exact, rtol=1e-9, atol=1e-11)
   for s in (0.0, 1e-4, 5e-4):
-    exact = oracles.consistency(oracle, x, t, s=s)
+    exact = oracles.consistency(oracle, x, t, s)
     found = model.move(None, x, t, jnp.full(5, s), cond)
     np.testing.assert_allclose(found, exact, rtol=1e-9, atol=1e-11)
 
 
-# Clocks ----------------------------------------------------------------------------
+# Times -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-  ('build', 'clocks', 'needed'),
+  ('build', 'num_times', 'needed'),
   [
     (precond.edm, 2, 1),
     (precond.consistency, 2, 1),
@@ -224,7 +224,7 @@ def test_two_time_of_the_exact_average_velocity_is_the_exact_map(noisy):
     (precond.two_time, 3, 2),
   ],
 )
-def test_a_network_of_other_clocks_is_refused(build, clocks, needed):
-  told = rf'{needed} time\(s\), got {clocks}; set config\.network\.clocks={needed}'
-  with pytest.raises(ValueError, match=told):
-    build(core.Network(None, mixing, clocks=clocks))
+def test_a_network_with_another_number_of_times_is_refused(build, num_times, needed):
+  match = rf'num_times={needed}, got num_times={num_times}'
+  with pytest.raises(ValueError, match=match):
+    build(core.Network(None, mixing, num_times=num_times))

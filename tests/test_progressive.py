@@ -5,13 +5,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cmjax import core, distances, fields, oracles, process, schedules, solvers, times
+from cmjax import (
+  core,
+  distances,
+  fields,
+  oracles,
+  process,
+  schedules,
+  solvers,
+  times,
+  weightings,
+)
 from cmjax.core import expand
 from cmjax.objectives import progressive
 
 STD = 0.4
 ORACLE = oracles.gaussian(np.array([0.3, -0.2]), STD)
-SQUARED = dict(distance=distances.squared_l2(), weighting=distances.uniform())
+SQUARED = dict(distance=distances.squared_l2(), weighting=weightings.uniform())
 GRID = dict(sigma_min=0.01, sigma_max=10.0, rho=3.0)
 
 
@@ -25,21 +35,23 @@ def draws(n=16):
   """Noisy points, and three levels a row that descend."""
   draw = np.random.default_rng(0)
   t = np.geomspace(0.05, 20.0, n)
-  share = draw.uniform(0.2, 0.9, size=(2, n))
+  fraction = draw.uniform(0.2, 0.9, size=(2, n))
   x = draw.normal(size=(n, 2)) * np.sqrt(0.25 + t[:, None] ** 2)
-  return [jnp.asarray(v) for v in (x, t, share[0] * t, share[0] * share[1] * t)]
+  return [
+    jnp.asarray(v) for v in (x, t, fraction[0] * t, fraction[0] * fraction[1] * t)
+  ]
 
 
-def two_for_one(f, nets, x, t, middle, r, cond=None, **choices):
-  choices = SQUARED | choices
-  return progressive.two_for_one(f, nets, x, t, middle, r, cond, None, **choices)
+def progressive_loss(f, nets, x, t, middle, r, cond=None, key=None, **choices):
+  noisy = core.Noisy(x, t, cond, key)
+  return progressive.progressive_loss(f, nets, noisy, middle, r, **SQUARED | choices)
 
 
 def test_the_target_is_what_one_step_to_where_two_end_must_aim_at(x64):
   x, t, middle, r = draws()
   cond = jnp.eye(16)
-  weighting = distances.inverse_gap()
-  out = two_for_one(
+  weighting = weightings.inverse_gap()
+  out = progressive_loss(
     wavy, core.Nets(2.0, 0.5), x, t, middle, r, cond, weighting=weighting
   )
   x, t, middle, r = (np.asarray(v) for v in (x, t, middle, r))
@@ -58,7 +70,7 @@ def test_the_target_is_what_one_step_to_where_two_end_must_aim_at(x64):
   # Float64, with quotients of differences of levels no smaller than a tenth.
   np.testing.assert_allclose(out.loss, squared / (t - r), rtol=1e-10)
   np.testing.assert_allclose(out.aux['gap'], t - r, rtol=1e-12)
-  np.testing.assert_array_equal(out.aux['t'], t)
+  np.testing.assert_array_equal(out.aux['sigma'], t)
 
 
 def test_a_student_that_steps_where_its_teacher_ends_has_no_loss(x64):
@@ -76,9 +88,9 @@ def test_a_student_that_steps_where_its_teacher_ends_has_no_loss(x64):
     return jnp.where(params == 1, x - expand(t, x) * slope, teacher)
 
   # x of 20 and its mean cancel: 1e-15 squared.
-  out = two_for_one(f, core.Nets(1, 0), x, t, middle, r)
+  out = progressive_loss(f, core.Nets(1, 0), x, t, middle, r)
   np.testing.assert_allclose(out.loss, np.zeros(16), atol=1e-26)
-  behind = two_for_one(f, core.Nets(0, 0), x, t, middle, r)
+  behind = progressive_loss(f, core.Nets(0, 0), x, t, middle, r)
   assert np.min(behind.loss) > 1e-8  # the teacher itself is not the student
   student = fields.probability_flow(process.VE, lambda x, t: f(1, x, t, None))
   teacher = oracles.field(ORACLE)
@@ -94,7 +106,7 @@ def test_where_the_flow_is_straight_the_teacher_is_the_student(x64):
   def point(params, x, t, cond, *, key=None):  # the denoiser of data that is one point
     return params * jnp.tile(corner, (len(x), 1))
 
-  out = two_for_one(point, core.Nets(1.0, 1.0), x, t, middle, r)
+  out = progressive_loss(point, core.Nets(1.0, 1.0), x, t, middle, r)
   np.testing.assert_allclose(out.loss, np.zeros(16), atol=1e-26)  # as above
 
 
@@ -105,7 +117,7 @@ def test_for_ever_shorter_steps_the_target_is_the_teacher_in_first_order(x64):
     return oracles.denoiser(ORACLE, x, t)
 
   def defect(h):
-    out = two_for_one(exact, core.Nets(0, 0), x, t, t * (1 - h / 2), t * (1 - h))
+    out = progressive_loss(exact, core.Nets(0, 0), x, t, t * (1 - h / 2), t * (1 - h))
     return np.sqrt(out.loss)
 
   orders = np.log2(defect(0.02) / defect(0.01))
@@ -121,9 +133,8 @@ def test_only_the_student_is_differentiated_and_only_it_drops():
 
   def loss(online, target):
     x, t, middle, r = (v.astype(jnp.float32) for v in draws())
-    out = progressive.two_for_one(
-      f, core.Nets(online, target), x, t, middle, r, None, 'key', **SQUARED
-    )
+    nets = core.Nets(online, target)
+    out = progressive_loss(f, nets, x, t, middle, r, key='key')
     return jnp.sum(out.loss)
 
   student, teacher = jax.grad(loss, argnums=(0, 1))(0.5, 0.2)
@@ -138,7 +149,7 @@ def test_only_the_student_is_differentiated_and_only_it_drops():
 def test_pd_draws_whole_steps_of_its_grid_and_their_middle(x64):
   loss = progressive.pd(
     wavy,
-    steps=schedules.halving_steps(start=4, stage_images=10, batch_size=1),
+    num_steps=schedules.halving_steps(start=4, stage_images=10, batch_size=1),
     **SQUARED,
     **GRID,
   )
@@ -150,24 +161,24 @@ def test_pd_draws_whole_steps_of_its_grid_and_their_middle(x64):
       nets, core.Batch(x0, None), step, core.streams(jax.random.key(0), step)
     )
     grid = np.asarray(times.karras(n + 1, **GRID))
-    at = np.argmin(np.abs(grid[:, None] - np.asarray(out.aux['t'])[None]), axis=0)
+    at = np.argmin(np.abs(grid[:, None] - np.asarray(out.aux['sigma'])[None]), axis=0)
     assert set(at) == set(range(n))  # 256 draws miss one of four with 1e-32
     assert np.all(np.abs(np.bincount(at) - 256 / n) < 4.5 * np.sqrt(256 / n))
     # The grid in float32; and its half-way points on the clock, not in t.
-    np.testing.assert_allclose(out.aux['t'], grid[at], rtol=1e-5)
+    np.testing.assert_allclose(out.aux['sigma'], grid[at], rtol=1e-5)
     np.testing.assert_allclose(out.aux['gap'], grid[at] - grid[at + 1], rtol=1e-4)
     fine = np.asarray(times.karras(2 * n + 1, **GRID))
     z = jax.random.normal(
       core.streams(jax.random.key(0), step)['noise'], x0.shape, x0.dtype
     )
-    x_t = x0 + expand(out.aux['t'], z) * z
+    x_t = x0 + expand(out.aux['sigma'], z) * z
     levels = (jnp.asarray(fine[2 * at + i], jnp.float64) for i in range(3))
-    expected = two_for_one(wavy, nets, x_t, *levels)
+    expected = progressive_loss(wavy, nets, x_t, *levels)
     np.testing.assert_allclose(out.loss, expected.loss, rtol=1e-3, atol=1e-6)
 
 
 def test_pd_without_a_teacher_is_refused():
-  loss = progressive.pd(wavy, steps=schedules.constant(value=4.0), **SQUARED)
+  loss = progressive.pd(wavy, num_steps=schedules.constant(value=4.0), **SQUARED)
   batch = core.Batch(jnp.zeros((4, 2)), None)
-  with pytest.raises(ValueError, match=r'config\.target_rate as .*copy_at_stages'):
+  with pytest.raises(ValueError, match=r'needs a target network.*copy_at_stages'):
     loss(core.Nets(1.0), batch, 0, core.streams(jax.random.key(0), 0))

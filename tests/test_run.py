@@ -4,19 +4,23 @@ import jax
 import numpy as np
 import pytest
 
-from cmjax import checkpoint, core, train
-from cmjax import run as runs
+from cmjax import core, train
+from cmjax.runtime import checkpoint
+from cmjax.runtime.config import ConfigDict
+from cmjax.runtime.reopen import beside, reopen, subject_of
+from cmjax.runtime.run import prepare
 from tests.test_train import small
 
 PAIRS = dict(
-  fn='cmjax.times:karras_pairs', bins=dict(fn='cmjax.schedules:constant', value=18.0)
+  fn='cmjax.times:karras_pairs',
+  num_scales=dict(fn='cmjax.schedules:constant', value=18.0),
 )
 METRIC = dict(
   distance=dict(fn='cmjax.distances:pseudo_huber', c=0.01),
-  weighting=dict(fn='cmjax.distances:uniform'),
+  weighting=dict(fn='cmjax.weightings:uniform'),
 )
 OTHER_LABELS = r'classes, and config\.data has'
-DISTILL = dict(fn='cmjax.objectives.discrete:cd', pairs=PAIRS, **METRIC)
+DISTILL = dict(fn='cmjax.objectives.consistency:cd', pairs=PAIRS, **METRIC)
 
 
 @pytest.fixture(scope='module')
@@ -24,7 +28,7 @@ def taught(tmp_path_factory, one_device):
   """Runs of a few steps, with labels and without."""
   place = tmp_path_factory.mktemp('taught')
   for name, conditional in (('labels', True), ('none', False)):
-    run = runs.prepare(small(data__conditional=conditional), one_device)
+    run = prepare(small(data__conditional=conditional), one_device)
     train.train(run, place / name, {})
   return place
 
@@ -34,9 +38,9 @@ def distilling(teacher, **changes):
 
 
 def test_a_teacher_reaches_the_objective_as_an_argument(taught, one_device):
-  run = runs.prepare(distilling(taught / 'labels'), one_device)
+  run = prepare(distilling(taught / 'labels'), one_device)
   step = jax.jit(
-    train.make_train_step(run.loss, run.tx, run.ema_rates, run.target_rate, seed=0)
+    train.make_train_step(run.loss, run.tx, run.ema_decays, run.target_decay, seed=0)
   )
 
   def first_loss(teacher):
@@ -48,30 +52,30 @@ def test_a_teacher_reaches_the_objective_as_an_argument(taught, one_device):
   other = jax.tree.map(lambda a: a + 0.3, run.frozen.teacher)
   assert first_loss(run.frozen.teacher) == first_loss(run.frozen.teacher)
   assert first_loss(run.frozen.teacher) != first_loss(other)
-  weights = runs.reopen(taught / 'labels').params
+  weights = reopen(taught / 'labels').params
   jax.tree.map(np.testing.assert_array_equal, weights, run.frozen.teacher)
 
 
 def test_an_objective_that_distils_asks_for_a_teacher():
   with pytest.raises(core.UserError, match=r'cd needs a teacher; .*--config\.teacher'):
-    runs.prepare(small(objective=DISTILL, batch_size=8))
+    prepare(small(objective=DISTILL, batch_size=8))
 
 
 def test_an_objective_without_a_teacher_takes_none(taught, one_device):
-  with pytest.raises(core.UserError, match=r'config\.teacher: .*:edm takes none'):
-    runs.prepare(small(teacher=str(taught / 'labels')), one_device)
+  with pytest.raises(core.UserError, match=r'config\.teacher: .*:edm takes no teacher'):
+    prepare(small(teacher=str(taught / 'labels')), one_device)
 
 
 @pytest.mark.parametrize(('theirs', 'ours'), [('labels', False), ('none', True)])
 def test_other_labels_than_a_network_was_trained_with_are_refused(
   theirs, ours, taught, one_device
 ):
-  opened = runs.reopen(taught / theirs)  # by its own config it opens
+  opened = reopen(taught / theirs)  # by its own config it opens
   assert opened.source.classes == (10 if theirs == 'labels' else 0)
   with pytest.raises(core.UserError, match=OTHER_LABELS):
-    runs.reopen(taught / theirs, small(data__conditional=ours))
+    reopen(taught / theirs, small(data__conditional=ours))
   with pytest.raises(core.UserError, match=OTHER_LABELS):
-    runs.prepare(distilling(taught / theirs, data__conditional=ours), one_device)
+    prepare(distilling(taught / theirs, data__conditional=ours), one_device)
 
 
 def test_images_a_network_cannot_halve_are_refused_with_its_name(one_device):
@@ -81,14 +85,14 @@ def test_images_a_network_cannot_halve_are_refused_with_its_name(one_device):
   config = small()
   with config.unlocked():
     config.network = network
-  with pytest.raises(core.UserError, match=r'config\.network: needs images .* of 16'):
-    runs.prepare(config, one_device)
+  with pytest.raises(core.UserError, match=r'config\.network: .*multiples of 16'):
+    prepare(config, one_device)
 
 
 def test_results_of_a_named_checkpoint_lie_in_its_run(taught, tmp_path):
   step = max((taught / 'labels' / 'checkpoints').iterdir())
-  assert runs.beside(runs.reopen(step)) == taught / 'labels'
-  assert runs.beside(runs.reopen(taught / 'labels')) == taught / 'labels'
+  assert beside(reopen(step)) == taught / 'labels'
+  assert beside(reopen(taught / 'labels')) == taught / 'labels'
 
 
 def test_an_average_may_not_be_called_as_the_live_weights(one_device):
@@ -96,7 +100,7 @@ def test_an_average_may_not_be_called_as_the_live_weights(one_device):
   with config.unlocked():
     config.ema = dict(online=dict(fn='cmjax.schedules:constant', value=0.9))
   with pytest.raises(core.UserError, match=r'config\.ema\.online'):
-    runs.prepare(config, one_device)
+    prepare(config, one_device)
 
 
 # Subjects of studies ---------------------------------------------------------------
@@ -106,16 +110,16 @@ def test_an_average_may_not_be_called_as_the_live_weights(one_device):
 def with_target(tmp_path_factory, one_device):
   """A run with a target network, and its last state."""
   half = dict(fn='cmjax.schedules:constant', value=0.5)
-  config = small(target_rate=half, total_images=32 * 5, every__checkpoint_steps=2)
+  config = small(target_decay=half, total_images=32 * 5, every__checkpoint_steps=2)
   config.keep_checkpoints = 3
-  run = runs.prepare(config, one_device)
+  run = prepare(config, one_device)
   workdir = tmp_path_factory.mktemp('target') / 'run'
   return workdir, run, train.train(run, workdir, {})
 
 
 def test_a_subject_has_the_target_network_of_its_checkpoint(with_target):
   workdir, _, state = with_target
-  subject = runs.subject_of(runs.reopen(workdir))
+  subject = subject_of(reopen(workdir))
   jax.tree.map(np.testing.assert_array_equal, subject.nets.target, state.target)
   differ = jax.tree.map(
     lambda a, b: bool(np.any(a != b)), subject.nets.target, subject.nets.online
@@ -127,8 +131,8 @@ def test_a_subject_is_of_the_next_step_and_at_the_end_of_the_last(with_target):
   workdir, _, _ = with_target
   steps = {}
   for step in (2, 4, 5):
-    opened = runs.reopen(workdir / 'checkpoints' / str(step))
-    steps[step] = runs.subject_of(opened).step
+    opened = reopen(workdir / 'checkpoints' / str(step))
+    steps[step] = subject_of(opened).step
   assert steps == {2: 2, 4: 4, 5: 4}  # of 5 steps, 0 to 4
 
 
@@ -136,10 +140,9 @@ def test_weights_alone_have_no_target_network_to_study(with_target, tmp_path):
   _, run, state = with_target
   meta = run.meta()
   checkpoint.save_weights(tmp_path, 5, state.params, meta)
-  config = run.config.copy_and_resolve_references()
-  config.sample_weights = checkpoint.ONLINE
-  opened = runs.reopen(tmp_path, config)
+  config = ConfigDict(run.config.to_dict() | dict(sample_weights=checkpoint.ONLINE))
+  opened = reopen(tmp_path, config)
   with pytest.raises(
-    core.UserError, match=r"config\.target_rate: .*no weights 'target'"
+    core.UserError, match=r"config\.target_decay: .*no weights 'target'"
   ):
-    runs.subject_of(opened)
+    subject_of(opened)

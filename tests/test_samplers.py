@@ -18,7 +18,7 @@ def exact_denoiser(params, x, t, cond, *, key=None):
 
 def exact_map(sigma_min):
   def f(params, x, t, cond, *, key=None):
-    return oracles.consistency(GAUSSIAN, x, t, s=sigma_min)
+    return oracles.consistency(GAUSSIAN, x, t, sigma_end=sigma_min)
 
   return f
 
@@ -34,9 +34,9 @@ def identity(params, x, t, cond, *, key=None):
   ('sampler', 'evaluations'),
   [
     (samplers.one_step(), 1),
-    (samplers.multistep(times=(80.0, 0.8)), 2),
-    (samplers.ode(steps=18, solver='heun'), 35),
-    (samplers.ode(steps=18, solver='euler'), 18),
+    (samplers.multistep(sigmas=(80.0, 0.8)), 2),
+    (samplers.ode(num_steps=18, solver='heun'), 35),
+    (samplers.ode(num_steps=18, solver='euler'), 18),
     (samplers.phased(edges=(0.5, 5.0)), 3),
   ],
   ids=['one_step', 'multistep', 'heun', 'euler', 'phased'],
@@ -62,7 +62,7 @@ def test_every_sampler_can_be_built_under_jit():
   builders = (
     samplers.one_step,
     samplers.ode,
-    lambda: samplers.multistep(times=(80.0, 0.8)),
+    lambda: samplers.multistep(sigmas=(80.0, 0.8)),
     lambda: samplers.phased(edges=(1.0,)),
   )
   for build in builders:
@@ -81,10 +81,10 @@ def test_every_sampler_can_be_built_under_jit():
   ids=['integers', 'numbers', 'integer one-hot', 'other rows'],
 )
 def test_labels_that_are_not_one_hot_are_refused_in_one_line(cond):
-  two_time = precond.two_time(core.Network(None, exact_average_velocity, clocks=2))
+  two_time = precond.two_time(core.Network(None, exact_average_velocity, num_times=2))
   every = {
     samplers.one_step(): identity,
-    samplers.multistep(times=(80.0, 0.8)): identity,
+    samplers.multistep(sigmas=(80.0, 0.8)): identity,
     samplers.ode(): identity,
     samplers.phased(edges=(1.0,)): identity,
     samplers.flow_map(): two_time,
@@ -102,7 +102,7 @@ def test_parameters_and_label_reach_the_model_and_no_dropout_key():
     assert key is None
     return params * jnp.tile(cond[:, :1], (1, 3))
 
-  every = samplers.one_step(), samplers.ode(steps=2), samplers.phased(edges=(1.0,))
+  every = samplers.one_step(), samplers.ode(num_steps=2), samplers.phased(edges=(1.0,))
   for sampler in every:
     keys = jax.random.split(jax.random.key(0), 2)
     out = jax.jit(lambda keys, run=sampler: run(f, 3.0, keys, cond, (3,)).x)(keys)
@@ -119,12 +119,12 @@ def test_ode_converges_to_the_exact_map_with_its_order(solver, order, x64):
   keys = jax.random.split(jax.random.key(0), 8)
   sigma_min = 1e-3  # the last Euler step errs by (sigma_min / std)^2 / 2 ~ 3e-6
 
-  def run(steps):
-    sampler = samplers.ode(steps=steps, solver=solver, sigma_min=sigma_min)
+  def run(num_steps):
+    sampler = samplers.ode(num_steps=num_steps, solver=solver, sigma_min=sigma_min)
     return jax.jit(lambda: sampler(exact_denoiser, None, keys, None, (2,)).x)()
 
   start = 80 * unit_noise(keys)
-  exact = oracles.consistency(GAUSSIAN, start, jnp.full(8, 80.0), s=0.0)
+  exact = oracles.consistency(GAUSSIAN, start, jnp.full(8, 80.0), sigma_end=0.0)
   coarse, fine = (np.linalg.norm(run(n) - exact) for n in (32, 64))
   # The next term of the error is of the relative size of a step, a sixth at most.
   assert np.log2(coarse / fine) == pytest.approx(order, abs=0.2)
@@ -162,11 +162,11 @@ def test_one_step_maps_the_prior_as_the_exact_flow_does(sigma_max):
 
 
 @pytest.mark.parametrize(
-  ('times', 'sigma_min'),
+  ('sigmas', 'sigma_min'),
   [((80.0, 0.8), 0.0), ((80.0, 5.0, 0.5), 0.0), ((80.0, 5.0, 0.5), 0.3)],
 )
-def test_multistep_keeps_the_marginal_of_its_end(times, sigma_min):
-  x = draw(samplers.multistep(times=times, sigma_min=sigma_min), exact_map(sigma_min))
+def test_multistep_keeps_the_marginal_of_its_end(sigmas, sigma_min):
+  x = draw(samplers.multistep(sigmas=sigmas, sigma_min=sigma_min), exact_map(sigma_min))
   # What is left of the prior's mismatch, std / 80 * std / 5, is below the tolerance.
   assert_moments(x, MEAN, STD**2 + sigma_min**2)
 
@@ -179,7 +179,7 @@ def test_multistep_adds_fresh_noise_each_time():
     return jnp.zeros_like(x)
 
   keys = jax.random.split(jax.random.key(0), N)
-  samplers.multistep(times=(80.0, 5.0, 0.5))(f, None, keys, None, (2,))
+  samplers.multistep(sigmas=(80.0, 5.0, 0.5))(f, None, keys, None, (2,))
   correlations = np.corrcoef([x.ravel() for x in seen])
   # Five standard errors of a correlation of independent numbers.
   np.testing.assert_allclose(correlations, np.eye(3), atol=5 / np.sqrt(2 * N))
@@ -189,7 +189,7 @@ def test_multistep_adds_fresh_noise_each_time():
 
 def test_noise_of_a_sample_depends_on_its_key_alone():
   keys = jax.random.split(jax.random.key(0), 5)
-  sampler = samplers.multistep(times=(80.0, 5.0))
+  sampler = samplers.multistep(sigmas=(80.0, 5.0))
   whole = np.asarray(sampler(identity, None, keys, None, (2, 3)).x)
   part = sampler(identity, None, keys[np.array([3, 1])], None, (2, 3)).x
   np.testing.assert_array_equal(part, whole[[3, 1]])
@@ -205,15 +205,17 @@ def exact_jump(params, x, t, cond, *, key=None):
   """The data prediction whose jump to the segment's lower edge is the exact map."""
   levels = jnp.asarray((0.0, *EDGES))
   s = levels[jnp.sum(t[:, None] > levels[None], axis=1) - 1]
-  share = expand(s / t, x)
-  moved = oracles.consistency(GAUSSIAN, x, t, s=expand(s, x)[:, 0])
-  return (moved - share * x) / (1 - share)
+  ratio = expand(s / t, x)
+  moved = oracles.consistency(GAUSSIAN, x, t, sigma_end=expand(s, x)[:, 0])
+  return (moved - ratio * x) / (1 - ratio)
 
 
 def test_phased_by_exact_jumps_is_the_exact_map(x64):
   keys = jax.random.split(jax.random.key(0), 8)
   found = samplers.phased(edges=EDGES)(exact_jump, None, keys, None, (2,))
-  exact = oracles.consistency(GAUSSIAN, 80 * unit_noise(keys), jnp.full(8, 80.0), s=0.0)
+  exact = oracles.consistency(
+    GAUSSIAN, 80 * unit_noise(keys), jnp.full(8, 80.0), sigma_end=0.0
+  )
   # Float64, x of 80 times 1 / 400 at the end.
   np.testing.assert_allclose(found.x, exact, atol=1e-13)
   assert found.evaluations == 3
@@ -242,7 +244,9 @@ def test_phased_jumps_to_its_share_of_each_edge(skip):
 
 def test_phased_by_the_exact_denoiser_is_euler_and_nears_the_exact_map(x64):
   keys = jax.random.split(jax.random.key(0), 8)
-  exact = oracles.consistency(GAUSSIAN, 80 * unit_noise(keys), jnp.full(8, 80.0), s=0.0)
+  exact = oracles.consistency(
+    GAUSSIAN, 80 * unit_noise(keys), jnp.full(8, 80.0), sigma_end=0.0
+  )
 
   def error(n):
     edges = tuple(np.geomspace(0.01, 80.0, n)[:-1])
@@ -266,32 +270,32 @@ def test_phased_without_edges_is_one_step_to_the_bit():
     assert found.evaluations == plain.evaluations == 1
 
 
-def exact_average_velocity(params, x, clocks, cond, *, key=None):
+def exact_average_velocity(params, x, c_noise, cond, *, key=None):
   """(x_t - x_r) / (t - r) of the linear process, on the Gaussian's exact path."""
-  t, r = clocks[:, 0], clocks[:, 0] - clocks[:, 1]
-  y, level = process.change_clock(process.LINEAR, process.VE, x, t)
+  t, r = c_noise[:, 0], c_noise[:, 0] - c_noise[:, 1]
+  y, level = process.change_process(process.LINEAR, process.VE, x, t)
   lower = r / (1 - r)
-  y = oracles.consistency(GAUSSIAN, y, level, s=lower)
-  moved, _ = process.change_clock(process.VE, process.LINEAR, y, lower)
-  return (x - moved) / clocks[:, 1:]
+  y = oracles.consistency(GAUSSIAN, y, level, sigma_end=lower)
+  moved, _ = process.change_process(process.VE, process.LINEAR, y, lower)
+  return (x - moved) / c_noise[:, 1:]
 
 
-@pytest.mark.parametrize('times', [(80.0,), (80.0, 5.0, 0.5), (2.0, 1.9)])
-def test_flow_map_of_the_exact_average_velocity_is_the_exact_map(times, x64):
+@pytest.mark.parametrize('sigmas', [(80.0,), (80.0, 5.0, 0.5), (2.0, 1.9)])
+def test_flow_map_of_the_exact_average_velocity_is_the_exact_map(sigmas, x64):
   calls = []
 
   def apply(*arguments, key=None):
     calls.append(len(arguments[1]))
     return exact_average_velocity(*arguments)
 
-  model = precond.two_time(core.Network(None, apply, clocks=2))
+  model = precond.two_time(core.Network(None, apply, num_times=2))
   keys = jax.random.split(jax.random.key(0), 8)
-  found = samplers.flow_map(times=times)(model, None, keys, None, (2,))
-  start = times[0] * unit_noise(keys)
-  exact = oracles.consistency(GAUSSIAN, start, jnp.full(8, times[0]), s=0.0)
+  found = samplers.flow_map(sigmas=sigmas)(model, None, keys, None, (2,))
+  start = sigmas[0] * unit_noise(keys)
+  exact = oracles.consistency(GAUSSIAN, start, jnp.full(8, sigmas[0]), sigma_end=0.0)
   # Float64; 1 - t is 1 / 81 at 80, and times differ by 0.01 at least.
   np.testing.assert_allclose(found.x, exact, atol=1e-12)
-  assert found.evaluations == len(calls) == len(times)
+  assert found.evaluations == len(calls) == len(sigmas)
 
 
 # Refusals --------------------------------------------------------------------------
@@ -300,22 +304,22 @@ def test_flow_map_of_the_exact_average_velocity_is_the_exact_map(times, x64):
 def test_flow_map_refuses_a_model_of_one_time():
   keys = jax.random.split(jax.random.key(0), 2)
   for model in (exact_denoiser, precond.edm(core.Network(None, None))):
-    with pytest.raises(ValueError, match=r'config\.precond\.fn=.*two_time'):
+    with pytest.raises(ValueError, match=r'precond\.two_time'):
       samplers.flow_map()(model, None, keys, None, (2,))
 
 
 @pytest.mark.parametrize(
-  ('times', 'said'),
+  ('sigmas', 'match'),
   [
-    ((), 'at least one'),
+    ((), 'empty'),
     ((0.8, 80.0), 'must descend'),
     ((80.0, 80.0), 'must descend'),
-    ((80.0, 0.0), 'not above'),
+    ((80.0, 0.0), 'must be above'),
   ],
 )
-def test_flow_map_refuses_times_it_cannot_follow(times, said):
-  with pytest.raises(ValueError, match=rf'flow_map: .*{said}'):
-    samplers.flow_map(times=times)
+def test_flow_map_refuses_sigmas_that_do_not_descend(sigmas, match):
+  with pytest.raises(ValueError, match=rf'sigmas .*{match}'):
+    samplers.flow_map(sigmas=sigmas)
 
 
 @pytest.mark.parametrize(
@@ -331,34 +335,34 @@ def test_flow_map_refuses_times_it_cannot_follow(times, said):
     dict(edges=(0.5,), skip=1.1),
   ],
 )
-def test_phased_refuses_edges_and_skips_that_are_none(arguments):
+def test_phased_refuses_invalid_edges_and_skips(arguments):
   with pytest.raises(ValueError, match=r'edges must|skip must'):
     samplers.phased(**arguments)
 
 
 @pytest.mark.parametrize(
-  ('times', 'said'),
+  ('sigmas', 'match'),
   [
-    ((), 'at least one'),
+    ((), 'empty'),
     ((0.8, 80.0), 'must descend'),
     ((80.0, 0.8, 0.8), 'must descend'),
-    ((80.0, 0.0), 'not above'),
+    ((80.0, 0.0), 'must be above'),
   ],
 )
-def test_multistep_refuses_times_it_cannot_follow(times, said):
-  with pytest.raises(ValueError, match=said):
-    samplers.multistep(times=times)
+def test_multistep_refuses_sigmas_that_do_not_descend(sigmas, match):
+  with pytest.raises(ValueError, match=match):
+    samplers.multistep(sigmas=sigmas)
 
 
 def test_multistep_refuses_to_end_at_its_boundary():
   with pytest.raises(ValueError, match=r'0\.002'):
-    samplers.multistep(times=(80.0, 0.002), sigma_min=0.002)
+    samplers.multistep(sigmas=(80.0, 0.002), sigma_min=0.002)
 
 
 @pytest.mark.parametrize(
-  ('arguments', 'said'),
-  [(dict(solver='rk45'), 'rk45'), (dict(steps=1), 'steps must be')],
+  ('arguments', 'match'),
+  [(dict(solver='rk45'), 'rk45'), (dict(num_steps=1), 'num_steps must be')],
 )
-def test_ode_refuses_what_it_has_not(arguments, said):
-  with pytest.raises(ValueError, match=said):
+def test_ode_refuses_unknown_solvers_and_too_few_steps(arguments, match):
+  with pytest.raises(ValueError, match=match):
     samplers.ode(**arguments)

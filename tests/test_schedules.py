@@ -1,4 +1,4 @@
-"""Functions of the step: their ends, their published values, what they average."""
+"""Schedules: end points, published values, and what EMA decays average."""
 
 import math
 
@@ -24,14 +24,14 @@ EVERY = {
     half_life_images=80, batch_size=8, rampup_ratio=0.05
   ),
   'power': schedules.power(relative_std=0.1),
-  'shrinking_gap': schedules.shrinking_gap(q=2.0, stage_images=80, batch_size=8),
-  'adaptive_bins': schedules.adaptive_bins(
+  'relative_gap': schedules.relative_gap(q=2.0, stage_images=80, batch_size=8),
+  'adaptive_num_scales': schedules.adaptive_num_scales(
     start=2, end=10, batch_size=8, total_images=80
   ),
-  'adaptive_target_rate': schedules.adaptive_target_rate(
-    start_rate=0.9, start=2, end=10, batch_size=8, total_images=80
+  'adaptive_decay': schedules.adaptive_decay(
+    start_decay=0.9, start=2, end=10, batch_size=8, total_images=80
   ),
-  'doubling_bins': schedules.doubling_bins(
+  'doubling_num_scales': schedules.doubling_num_scales(
     start=2, end=8, batch_size=8, total_images=80
   ),
   'halving_steps': schedules.halving_steps(start=8, stage_images=24, batch_size=8),
@@ -73,8 +73,8 @@ def test_inverse_root_ramps_up_beside_its_decay():
   recipe = dict(peak=0.2, hold_images=20, batch_size=10)
   plain = schedules.inverse_root(**recipe)(jnp.arange(33))
   ramped = schedules.inverse_root(**recipe, rampup_images=80)(jnp.arange(33))
-  share = np.minimum(np.arange(33) / 8, 1)
-  np.testing.assert_allclose(ramped, share * np.asarray(plain), **F32)
+  fraction = np.minimum(np.arange(33) / 8, 1)
+  np.testing.assert_allclose(ramped, fraction * np.asarray(plain), **F32)
 
 
 def test_cosine_rises_to_the_peak_and_falls_to_zero_at_the_end():
@@ -191,7 +191,7 @@ def test_power_average_starts_as_the_first_value():
 @pytest.mark.parametrize('batch_size', [100, 128, 200])
 def test_gap_is_q_to_the_minus_stage_plus_one(q, batch_size, compiled):
   schedule = compiled(
-    schedules.shrinking_gap(q=q, stage_images=3_200_000, batch_size=batch_size)
+    schedules.relative_gap(q=q, stage_images=3_200_000, batch_size=batch_size)
   )
   length = 3_200_000 // batch_size
   for stage in range(8):
@@ -204,8 +204,8 @@ def test_gap_is_q_to_the_minus_stage_plus_one(q, batch_size, compiled):
 @PLAIN_AND_COMPILED
 def test_smooth_gap_meets_the_stepped_one_where_stages_start(compiled):
   recipe = dict(q=2.0, stage_images=3_200_000, batch_size=128)
-  stepped = compiled(schedules.shrinking_gap(**recipe))
-  smooth = compiled(schedules.shrinking_gap(**recipe, smooth=True))
+  stepped = compiled(schedules.relative_gap(**recipe))
+  smooth = compiled(schedules.relative_gap(**recipe, smooth=True))
   starts = 25_000 * np.arange(8)
   np.testing.assert_allclose(smooth(starts), stepped(starts), rtol=1e-6)
   middle = smooth(starts + 12_500) / stepped(starts + 12_500)
@@ -216,15 +216,15 @@ def test_smooth_gap_meets_the_stepped_one_where_stages_start(compiled):
 
 def test_gaps_too_small_for_float32_are_refused_before_the_run():
   recipe = dict(q=2.0, stage_images=100, batch_size=10)
-  last = schedules.shrinking_gap(**recipe, total_images=1_700)
+  last = schedules.relative_gap(**recipe, total_images=1_700)
   # Stage 17 of a run of 17 stages: 2^-18, where r = t (1 - 5 gap) still differs.
   gap = float(last(170))
   assert gap == 2.0**-18
   assert np.float32(1.0) * (1 - np.float32(gap)) < 1.0
   with pytest.raises(ValueError, match=r'2\.0\^-19, .*stage_images above 100'):
-    schedules.shrinking_gap(**recipe, total_images=1_800)
+    schedules.relative_gap(**recipe, total_images=1_800)
   with pytest.raises(ValueError, match=r'256\.0\^-3'):
-    schedules.shrinking_gap(
+    schedules.relative_gap(
       q=256.0, stage_images=100, batch_size=10, smooth=True, total_images=200
     )
 
@@ -269,26 +269,28 @@ CURRICULA = {
 
 @pytest.mark.parametrize('name', CURRICULA)
 def test_adaptive_curriculum_has_the_published_values(name):
-  start_rate, end, table = CURRICULA[name]
+  start_decay, end, table = CURRICULA[name]
   run = dict(start=2, end=end, batch_size=512, total_images=512 * 800_000)
   steps = jnp.array(list(table))
   bins, released = np.array(list(table.values())).T
-  np.testing.assert_array_equal(jax.jit(schedules.adaptive_bins(**run))(steps), bins)
-  schedule = schedules.adaptive_target_rate(start_rate=start_rate, **run)
+  np.testing.assert_array_equal(
+    jax.jit(schedules.adaptive_num_scales(**run))(steps), bins
+  )
+  schedule = schedules.adaptive_decay(start_decay=start_decay, **run)
   rate = np.asarray(jax.jit(schedule)(steps), np.float64)
   # exp(s0 ln(mu0) / N(k)): the paper's, so that it starts at mu0. Float32.
-  np.testing.assert_allclose(rate, start_rate ** (2 / bins), atol=2e-7)
+  np.testing.assert_allclose(rate, start_decay ** (2 / bins), atol=2e-7)
   # Printed to five digits.
-  schedule = schedules.adaptive_target_rate(
-    start_rate=start_rate, as_released=True, **run
-  )
+  schedule = schedules.adaptive_decay(start_decay=start_decay, as_released=True, **run)
   np.testing.assert_allclose(jax.jit(schedule)(steps), released, atol=6e-6)
 
 
 def test_adaptive_bins_are_whole_and_never_fall():
   bins = np.asarray(
     jax.jit(
-      schedules.adaptive_bins(start=2, end=150, batch_size=512, total_images=512_000)
+      schedules.adaptive_num_scales(
+        start=2, end=150, batch_size=512, total_images=512_000
+      )
     )(jnp.arange(1_100))
   )
   np.testing.assert_array_equal(bins, np.round(bins))
@@ -300,7 +302,7 @@ def test_adaptive_bins_are_whole_and_never_fall():
 @pytest.mark.parametrize('iterations', [400_000, 800_000])
 def test_doubling_bins_are_those_of_ict_in_eight_equal_stages(iterations, compiled):
   schedule = compiled(
-    schedules.doubling_bins(batch_size=1024, total_images=1024 * iterations)
+    schedules.doubling_num_scales(batch_size=1024, total_images=1024 * iterations)
   )
   length = iterations // 8
   for stage, n in enumerate([11, 21, 41, 81, 161, 321, 641, 1281]):
@@ -312,7 +314,7 @@ def test_doubling_bins_are_those_of_ict_in_eight_equal_stages(iterations, compil
 
 @pytest.mark.parametrize(('start', 'end'), [(10, 10), (3, 24), (1, 2)])
 def test_doubling_bins_spend_as_long_at_each_number_up_to_the_end(start, end):
-  schedule = schedules.doubling_bins(
+  schedule = schedules.doubling_num_scales(
     start=start, end=end, batch_size=7, total_images=7 * 1200
   )
   bins, steps = np.unique(schedule(jnp.arange(1_200)), return_counts=True)
@@ -372,15 +374,15 @@ def test_stages_without_a_step_are_refused(schedule, values):
 
 def test_more_stages_than_steps_are_refused():
   with pytest.raises(ValueError, match=r'8 stages do not fit 7 steps'):
-    schedules.doubling_bins(batch_size=10, total_images=79)
-  schedules.doubling_bins(batch_size=10, total_images=80)
+    schedules.doubling_num_scales(batch_size=10, total_images=79)
+  schedules.doubling_num_scales(batch_size=10, total_images=80)
 
 
 @pytest.mark.parametrize(
   ('schedule', 'values'),
   [
-    (schedules.doubling_bins, dict(start=3, end=2, total_images=10)),
-    (schedules.adaptive_bins, dict(start=3, end=2, total_images=10)),
+    (schedules.doubling_num_scales, dict(start=3, end=2, total_images=10)),
+    (schedules.adaptive_num_scales, dict(start=3, end=2, total_images=10)),
   ],
 )
 def test_bins_that_end_before_they_start_are_refused(schedule, values):

@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from cmjax import core, sharding
+from cmjax import core
+from cmjax.runtime import sharding
 
 
 def test_a_batch_is_split_and_parameters_are_everywhere():
@@ -25,7 +26,7 @@ def test_a_mesh_takes_the_devices_it_is_given():
 
 
 def test_state_is_split_on_its_longest_axis_that_divides():
-  mesh = sharding.mesh(fsdp=True, slices=2)
+  mesh = sharding.mesh(fsdp=True, num_slices=2)
   assert dict(mesh.shape) == {'data': 2, 'fsdp': 4}
   shapes = {
     (3, 3, 64, 128): (3, 3, 64, 32),
@@ -45,14 +46,14 @@ def test_state_is_split_on_its_longest_axis_that_divides():
 
 @pytest.mark.parametrize('slices', [0, 3])
 def test_slices_that_do_not_divide_the_devices_are_refused(slices):
-  with pytest.raises(ValueError, match=f'slices={slices} do not divide 8 devices'):
-    sharding.mesh(slices=slices)
+  with pytest.raises(ValueError, match=f'num_slices={slices} .* 8 devices'):
+    sharding.mesh(num_slices=slices)
 
 
 @pytest.mark.parametrize('fsdp', [False, True])
 def test_rows_of_a_process_make_the_batch(fsdp):
-  mesh = sharding.mesh(fsdp=fsdp, slices=2)
-  rows = sharding.rows_here(mesh, 16)
+  mesh = sharding.mesh(fsdp=fsdp, num_slices=2)
+  rows = sharding.local_rows(mesh, 16)
   np.testing.assert_array_equal(rows, np.arange(16))  # one process has all
   host = {'x': np.arange(48.0).reshape(16, 3), 'none': None}
   placed = sharding.place_rows(host, rows, 16, mesh)['x']
@@ -69,18 +70,20 @@ def test_a_batch_that_does_not_divide_is_refused_with_one_that_does(batch_size, 
   sharding.check_divisible(advice, mesh, 'where')
 
 
-def test_the_first_line_that_differs_is_named_with_its_processes():
+def test_the_first_line_that_differs_is_reported_with_its_processes():
   config = '{\n  "batch_size": 32,\n  "seed": 1\n}'
   other = config.replace('1', '2')
-  told = 'config: process 2 has "seed": 2, process 0 has "seed": 1'
+  difference = 'config: process 2 has "seed": 2, process 0 has "seed": 1'
   same = {'a': '', 'config': config}
   assert sharding.difference([same, same]) == ''
-  found = sharding.difference([same, same, same | {'config': other}])
-  assert found == f'{told}; give every process the same'
-  found = sharding.difference([same, same, same | {'config': other}, {'config': other}])
-  assert found == f'{told} (others that differ: [3]); give every process the same'
-  found = sharding.difference([{'config': config}, {}])
-  assert found.startswith('config: process 1 has nothing, process 0 has {; ')
+  text = sharding.difference([same, same, same | {'config': other}])
+  assert text == f'{difference}; give the same to all processes'
+  text = sharding.difference([same, same, same | {'config': other}, {'config': other}])
+  assert (
+    text == f'{difference} (processes [3] also differ); give the same to all processes'
+  )
+  text = sharding.difference([{'config': config}, {}])
+  assert text.startswith('config: process 1 has nothing, process 0 has {; ')
 
 
 def test_one_process_agrees_with_itself():

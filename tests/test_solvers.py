@@ -33,7 +33,7 @@ def test_solver_evaluates_the_field_where_its_method_says(solver, x64):
     return x
 
   step(field, jnp.ones((3, 2)), jnp.asarray(T), jnp.asarray(R))
-  expected = [T + share * (R - T) for share in where]
+  expected = [T + fraction * (R - T) for fraction in where]
   np.testing.assert_allclose(seen, expected, rtol=1e-15, atol=1e-16)
 
 
@@ -59,7 +59,7 @@ def test_solver_converges_with_its_order_on_a_gaussian(solver, x64):
   oracle = oracles.gaussian(np.array([0.3, -0.2]), 0.4)
   advance = jax.jit(lambda x, t, r: step(oracles.field(oracle), x, t, r))
   x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2)))
-  exact = oracles.consistency(oracle, x, jnp.full(3, 2.0), s=0.2)
+  exact = oracles.consistency(oracle, x, jnp.full(3, 2.0), sigma_end=0.2)
 
   def error(n):
     y = x
@@ -77,8 +77,8 @@ def test_step_along_its_own_path_keeps_data_and_noise(solver, x64):
   step, _, _ = solver
   x0, z = (jnp.asarray(v) for v in np.random.default_rng(0).normal(size=(2, 3, 4, 2)))
   t, r = jnp.asarray(T), jnp.asarray(R)
-  x_t = process.point(process.VE, x0, z, t)
+  x_t = process.perturb(process.VE, x0, z, t)
   found = step(fields.conditional(process.VE, x0, z), x_t, t, r)
   # x0 + r z: a few roundings of numbers of the size of t z, also where r = 0.
-  exact = process.point(process.VE, x0, z, r)
+  exact = process.perturb(process.VE, x0, z, r)
   np.testing.assert_allclose(found, exact, rtol=0, atol=1e-14)

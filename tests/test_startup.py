@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from cmjax import startup
+from cmjax.runtime import startup
 from tests.conftest import ROOT
 
 FAST = (
@@ -62,7 +62,7 @@ def test_other_versions_and_what_the_user_set_stay(version, flags, monkeypatch):
 
 
 def test_the_module_imports_no_jax():
-  code = 'import sys; from cmjax import startup; startup.fast_convolutions(); '
+  code = 'import sys; from cmjax.runtime import startup; startup.fast_convolutions(); '
   assert run_alone(code + 'print("jax" in sys.modules)', '') == 'False'
 
 

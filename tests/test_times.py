@@ -72,7 +72,7 @@ def test_karras_density_is_the_derivative_by_index(t, slope, x64):
 @pytest.mark.parametrize('n', [2, 18])
 def test_karras_pairs_draw_every_neighbour_equally_often(n):
   draws = 17_000
-  pairs = times.karras_pairs(bins=schedules.constant(value=float(n)))
+  pairs = times.karras_pairs(num_scales=schedules.constant(value=float(n)))
   t, r = jax.jit(pairs, static_argnums=1)(jax.random.key(0), draws, jnp.int32(0))
   grid = neighbours(n)
   index = np.argmin(np.abs(np.log(np.asarray(t)[:, None] / grid)), axis=1)
@@ -84,28 +84,30 @@ def test_karras_pairs_draw_every_neighbour_equally_often(n):
   assert np.all(np.abs(counts - mean) <= 4.5 * np.sqrt(mean))  # Poisson deviations
 
 
-def test_karras_pairs_follow_the_bins_of_a_traced_step():
-  bins = schedules.adaptive_bins(start=2, end=8, batch_size=1, total_images=10)
-  pairs = jax.jit(times.karras_pairs(bins=bins), static_argnums=1)
+def test_karras_pairs_follow_the_num_scales_of_a_traced_step():
+  num_scales = schedules.adaptive_num_scales(
+    start=2, end=8, batch_size=1, total_images=10
+  )
+  pairs = jax.jit(times.karras_pairs(num_scales=num_scales), static_argnums=1)
   for step in (0, 4, 10):
-    n = int(bins(step))
+    n = int(num_scales(step))
     t, r = pairs(jax.random.key(1), 500, jnp.int32(step))
     levels = np.unique(np.round(np.log(np.concatenate([t, r])), 4))
     # 500 draws miss one of at most 8 pairs with probability 1e-28.
     np.testing.assert_allclose(levels, np.log(neighbours(n))[::-1], atol=1e-4)
 
 
-def test_karras_clock_runs_through_the_grid_from_its_cleaner_end():
-  ends = times.karras_clock(jnp.array([0.0, 1.0]))
+def test_karras_time_runs_through_the_grid_from_its_cleaner_end():
+  ends = times.karras_time(jnp.array([0.0, 1.0]))
   np.testing.assert_allclose(ends, [0.002, 80.0], rtol=2e-6)  # float32, seventh power
   grid = dict(sigma_min=0.01, sigma_max=3.0, rho=2.0)
   u = jnp.linspace(1.0, 0.0, 18)
-  found, expected = times.karras_clock(u, **grid), times.karras(18, **grid)
+  found, expected = times.karras_time(u, **grid), times.karras(18, **grid)
   np.testing.assert_allclose(found, expected, rtol=2e-6)
-  np.testing.assert_allclose(times.karras_clock(u), neighbours(18), rtol=5e-6)
+  np.testing.assert_allclose(times.karras_time(u), neighbours(18), rtol=5e-6)
 
 
-def test_karras_uniform_draws_the_clock_uniformly():
+def test_karras_uniform_draws_karras_time_uniformly():
   n, grid = 20_000, dict(sigma_min=0.01, sigma_max=3.0, rho=2.0)
   t = times.karras_uniform(**grid)(jax.random.key(0), n)
   assert t.shape == (n,)
@@ -122,8 +124,8 @@ def test_karras_uniform_draws_the_clock_uniformly():
 def test_lognormal_pairs_draw_their_bins_by_the_table_of_erf(n, given):
   draws = 20_000
   mean, std = given.values() or (-1.1, 2.0)
-  bins = schedules.constant(value=float(n))
-  pairs = times.lognormal_pairs(bins=bins, **given)
+  num_scales = schedules.constant(value=float(n))
+  pairs = times.lognormal_pairs(num_scales=num_scales, **given)
   t, r = jax.jit(pairs, static_argnums=1)(jax.random.key(0), draws, jnp.int32(0))
   grid = neighbours(n)
   index = np.argmin(np.abs(np.log(np.asarray(t)[:, None] / grid)), axis=1)
@@ -137,9 +139,11 @@ def test_lognormal_pairs_draw_their_bins_by_the_table_of_erf(n, given):
   assert np.all(np.abs(counts - draws * shares) <= 4.5 * deviation + 1e-6)  # binomial
 
 
-def test_lognormal_pairs_follow_the_bins_of_a_traced_step():
-  bins = schedules.doubling_bins(start=10, end=1280, batch_size=1, total_images=800)
-  pairs = jax.jit(times.lognormal_pairs(bins=bins), static_argnums=1)
+def test_lognormal_pairs_follow_the_num_scales_of_a_traced_step():
+  num_scales = schedules.doubling_num_scales(
+    start=10, end=1280, batch_size=1, total_images=800
+  )
+  pairs = jax.jit(times.lognormal_pairs(num_scales=num_scales), static_argnums=1)
   for step, n in ((0, 11), (300, 81), (799, 1281)):
     t, r = pairs(jax.random.key(1), 500, jnp.int32(step))
     u = (np.stack([t, r]) ** (1 / 7) - 0.002 ** (1 / 7)) / (
@@ -160,7 +164,7 @@ def test_the_last_grid_of_ict_is_as_fine_as_the_last_stage_of_ect(t, ratio):
   found = times.karras_at(index, 1281, sigma_min=0.002, sigma_max=80.0, rho=7.0)
   # Three digits are printed, and t lies within half a step of a point of the grid.
   assert float(found[1] / found[0]) == pytest.approx(ratio, abs=6e-4)
-  gap = schedules.shrinking_gap(q=256.0, stage_images=1, batch_size=1)(0)
+  gap = schedules.relative_gap(q=256.0, stage_images=1, batch_size=1)(0)
   ect = float(times.neighbour(jnp.full(1, t), gap)[0]) / t
   assert 0.25 < (1 - ratio) / (1 - ect) < 4  # gaps of one order
 
@@ -188,7 +192,7 @@ ECT_TABLE = {
 
 
 def ect_gap(q, stage):
-  return schedules.shrinking_gap(q=q, stage_images=1, batch_size=1)(stage)
+  return schedules.relative_gap(q=q, stage_images=1, batch_size=1)(stage)
 
 
 @pytest.mark.parametrize(('q', 't'), ECT_TABLE)
@@ -206,7 +210,7 @@ def test_ratio_has_the_tabulated_values(q, t):
   [(2.0, -1.1, 2.0, [0.811, 0.585, 0, 0]), (4.0, -0.8, 1.6, [0.532, 0, 0, 0])],
 )
 def test_share_of_clean_targets_is_the_lognormal_cdf(q, mean, std, shares, x64):
-  n = 20_000  # quantiles of t: the share is exact to 1 / n
+  n = 20_000  # quantiles of t: the fraction is exact to 1 / n
   t = np.exp(mean + std * stats.norm.ppf((np.arange(n) + 0.5) / n))
   found = [
     np.mean(times.neighbour(jnp.asarray(t), ect_gap(q, stage)) == 0)
@@ -231,9 +235,11 @@ def test_ratio_without_shape_is_a_constant_quotient():
 
 
 def test_ect_pairs_map_their_own_times_at_the_gap_of_the_step():
-  gap = schedules.shrinking_gap(q=2.0, stage_images=40, batch_size=4)
+  gap = schedules.relative_gap(q=2.0, stage_images=40, batch_size=4)
   source = times.lognormal(mean=-1.1, std=2.0)
-  pairs = jax.jit(times.ect_pairs(times=source, gap=gap, k=4.0), static_argnums=1)
+  pairs = jax.jit(
+    times.ect_pairs(times=source, relative_gap=gap, k=4.0), static_argnums=1
+  )
   for step, relative_gap in ((0, 1 / 2), (10, 1 / 4), (39, 1 / 16)):
     t, r = pairs(jax.random.key(3), 64, jnp.int32(step))
     np.testing.assert_allclose(t, source(jax.random.key(3), 64), rtol=1e-6)
@@ -246,13 +252,13 @@ def test_ect_pairs_map_their_own_times_at_the_gap_of_the_step():
   'grid',
   [dict(sigma_min=0.0), dict(sigma_min=2.0, sigma_max=1.0), dict(rho=0.0)],
 )
-def test_grids_that_are_none_are_refused(grid):
-  bins = schedules.constant(value=4.0)
+def test_invalid_grids_are_refused(grid):
+  num_scales = schedules.constant(value=4.0)
   for build in (
     functools.partial(times.karras, 4),
     times.karras_uniform,
-    functools.partial(times.karras_pairs, bins=bins),
-    functools.partial(times.lognormal_pairs, bins=bins),
+    functools.partial(times.karras_pairs, num_scales=num_scales),
+    functools.partial(times.lognormal_pairs, num_scales=num_scales),
   ):
     with pytest.raises(ValueError, match=r'sigma_min|rho'):
       build(**grid)
@@ -261,21 +267,21 @@ def test_grids_that_are_none_are_refused(grid):
 # Two times of the linear process ---------------------------------------------------
 
 
-@pytest.mark.parametrize('share', [0.0, 0.75, 1.0])
-def test_two_times_are_ordered_and_equal_in_their_share_of_the_rows(share):
+@pytest.mark.parametrize('fraction', [0.0, 0.75, 1.0])
+def test_two_times_are_ordered_and_equal_in_the_given_fraction_of_the_rows(fraction):
   n = 1000
-  pairs = jax.jit(times.two_times(equal_share=share), static_argnums=1)
+  pairs = jax.jit(times.logit_normal_pairs(equal_fraction=fraction), static_argnums=1)
   t, r = pairs(jax.random.key(0), n, jnp.int32(0))
   assert (t.shape, r.shape) == ((n,), (n,))
   assert np.all((r >= 0) & (r <= t) & (t <= 1))
-  equal = round(share * n)
+  equal = round(fraction * n)
   np.testing.assert_array_equal(r[:equal], t[:equal])
   assert np.all(r[equal:] < t[equal:])
 
 
 def test_two_times_are_the_greater_and_the_less_of_two_logit_normal_draws():
   n = 20_000
-  pairs = times.two_times(mean=-0.4, std=1.5, equal_share=0.25)
+  pairs = times.logit_normal_pairs(mean=-0.4, std=1.5, equal_fraction=0.25)
   t, r = pairs(jax.random.key(0), n, jnp.int32(0))
   logit = np.log(t / (1 - t))
   normal = stats.norm(-0.4, 1.5).cdf
@@ -287,30 +293,32 @@ def test_two_times_are_the_greater_and_the_less_of_two_logit_normal_draws():
   assert stats.kstest(below, lambda x: 1 - (1 - normal(x)) ** 2).pvalue > 1e-3
 
 
-@pytest.mark.parametrize('finest', [2, 8, 128])
-def test_dyadic_times_lie_on_the_grid_a_power_of_two_apart(finest):
+@pytest.mark.parametrize('num_steps', [2, 8, 128])
+def test_dyadic_times_lie_on_the_grid_a_power_of_two_apart(num_steps):
   n = 5_000
-  pairs = times.dyadic_times(finest=finest, flow_share=0.0)
+  pairs = times.dyadic_pairs(num_steps=num_steps, flow_fraction=0.0)
   t, r = (np.asarray(v) for v in pairs(jax.random.key(0), n, jnp.int32(0)))
   for level in (t, r, (t + r) / 2):  # the point between is on the grid too
-    np.testing.assert_array_equal(level * finest, np.round(level * finest))
+    np.testing.assert_array_equal(level * num_steps, np.round(level * num_steps))
   gap = t - r
   np.testing.assert_array_equal(r / gap, np.round(r / gap))
-  wanted = 2.0 ** -np.arange(finest.bit_length() - 1)
-  assert set(gap) == set(wanted)  # from 1 to 2 / finest
-  counts = np.array([np.sum(gap == g) for g in wanted])
-  mean = n / len(wanted)
+  expected = 2.0 ** -np.arange(num_steps.bit_length() - 1)
+  assert set(gap) == set(expected)  # from 1 to 2 / num_steps
+  counts = np.array([np.sum(gap == g) for g in expected])
+  mean = n / len(expected)
   assert np.all(np.abs(counts - mean) <= 4.5 * np.sqrt(mean))  # Poisson deviations
   # Of the 714 draws of the finest gap each of its 64 starts gets 11.
-  assert [len(np.unique(r[gap == g])) for g in wanted] == list(1 / wanted)
+  assert [len(np.unique(r[gap == g])) for g in expected] == list(1 / expected)
 
 
-@pytest.mark.parametrize('share', [0.25, 1.0])
-def test_dyadic_times_are_one_point_apart_in_their_share_of_the_rows(share):
+@pytest.mark.parametrize('fraction', [0.25, 1.0])
+def test_dyadic_times_are_one_point_apart_in_the_given_fraction_of_the_rows(fraction):
   n = 4_000
-  pairs = jax.jit(times.dyadic_times(finest=8, flow_share=share), static_argnums=1)
+  pairs = jax.jit(
+    times.dyadic_pairs(num_steps=8, flow_fraction=fraction), static_argnums=1
+  )
   t, r = (np.asarray(v) for v in pairs(jax.random.key(0), n, jnp.int32(0)))
-  flows = round(share * n)
+  flows = round(fraction * n)
   assert np.all(t[:flows] - r[:flows] == 1 / 8)
   assert np.all(t[flows:] - r[flows:] > 1 / 8)
   counts = np.array([np.sum(t[:flows] == (i + 1) / 8) for i in range(8)])
@@ -318,18 +326,18 @@ def test_dyadic_times_are_one_point_apart_in_their_share_of_the_rows(share):
   assert np.all(np.abs(counts - flows / 8) <= 4.5 * np.sqrt(flows / 8))  # Poisson
 
 
-@pytest.mark.parametrize('share', [-0.1, 1.1, np.nan])
-def test_shares_that_are_none_are_refused(share):
-  with pytest.raises(ValueError, match=f'equal_share must be .* got {share}'):
-    times.two_times(equal_share=share)
-  with pytest.raises(ValueError, match=f'flow_share must be .* got {share}'):
-    times.dyadic_times(flow_share=share)
+@pytest.mark.parametrize('fraction', [-0.1, 1.1, np.nan])
+def test_fractions_outside_the_unit_interval_are_refused(fraction):
+  with pytest.raises(ValueError, match=f'equal_fraction must be .* got {fraction}'):
+    times.logit_normal_pairs(equal_fraction=fraction)
+  with pytest.raises(ValueError, match=f'flow_fraction must be .* got {fraction}'):
+    times.dyadic_pairs(flow_fraction=fraction)
 
 
-@pytest.mark.parametrize('finest', [0, 1, 3, 100, -4, 4.0, 2**17])
-def test_grids_that_cannot_be_halved_are_refused(finest):
-  with pytest.raises(ValueError, match=f'finest must be .* got {finest}'):
-    times.dyadic_times(finest=finest)
+@pytest.mark.parametrize('num_steps', [0, 1, 3, 100, -4, 4.0, 2**17])
+def test_grids_that_cannot_be_halved_are_refused(num_steps):
+  with pytest.raises(ValueError, match=f'num_steps must be .* got {num_steps}'):
+    times.dyadic_pairs(num_steps=num_steps)
 
 
 # What pairs must keep --------------------------------------------------------------
@@ -340,27 +348,27 @@ def pairs_of(t, r):
 
 
 @pytest.mark.parametrize(
-  ('t', 'r', 'equal', 'said'),
+  ('t', 'r', 'equal', 'match'),
   [
-    (0.5, -0.1, False, r'0 <= r < t, and draws r=-0\.1 for t=0\.5'),
-    (0.5, -0.1, True, r'0 <= r <= t, and draws r=-0\.1 for t=0\.5'),
+    (0.5, -0.1, False, r'0 <= r < t, got r=-0\.1 for t=0\.5'),
+    (0.5, -0.1, True, r'0 <= r <= t, got r=-0\.1 for t=0\.5'),
     (0.5, 0.5, False, r'r=0\.5 for t=0\.5'),
     (0.5, 0.6, True, r'r=0\.6 for t=0\.5'),
     (np.nan, 0.1, True, 't=nan'),
     (np.inf, 0.1, False, 't=inf'),
   ],
 )
-def test_pairs_out_of_order_are_refused_with_one_of_them(t, r, equal, said):
-  with pytest.raises(ValueError, match=said):
+def test_pairs_out_of_order_are_refused_with_one_of_them(t, r, equal, match):
+  with pytest.raises(ValueError, match=match):
     times.check_pairs(pairs_of(t, r), equal=equal)
 
 
 def test_pairs_in_order_pass():
   times.check_pairs(pairs_of(0.5, 0.0))
   times.check_pairs(pairs_of(0.5, 0.5), equal=True)
-  times.check_pairs(times.two_times(), equal=True)
+  times.check_pairs(times.logit_normal_pairs(), equal=True)
   with pytest.raises(ValueError, match='0 <= r < t'):
-    times.check_pairs(times.two_times())
+    times.check_pairs(times.logit_normal_pairs())
 
 
 def test_one_bad_pair_among_many_is_found():

@@ -17,23 +17,19 @@ import numpy as np
 import optax
 import pytest
 
-from cmjax import (
-  checkpoint,
-  core,
-  data,
-  logs,
-  schedules,
-  sharding,
-  train,
-  watchdog,
-)
-from cmjax import config as configs
-from cmjax import run as runs
+from cmjax import core, schedules, train
+from cmjax.data.tfds import DATA_DIR_VARIABLE
+from cmjax.runtime import checkpoint, logs, sharding, watchdog
+from cmjax.runtime.config import differences
+from cmjax.runtime.config_files import load, read
+from cmjax.runtime.run import prepare
+from cmjax.runtime.state import abstract_state, first_state, init_state, random_state
+from cmjax.runtime.window import Window
 from tests.conftest import ROOT
 
 SMALL = {
   'network.width': 16,
-  'network.blocks': 1,
+  'network.num_blocks': 1,
   'network.embedding': 8,
   'network.dropout': 0.1,
   'batch_size': 32,
@@ -45,7 +41,7 @@ SMALL = {
 
 
 def small(name='edm.py:digits', **changes):
-  config = configs.load(ROOT / 'configs' / name)
+  config = read(ROOT / 'configs' / name)
   with config.unlocked():
     for key, value in (SMALL | changes).items():
       *path, last = key.replace('__', '.').split('.')
@@ -67,21 +63,23 @@ def assert_equal_states(a, b):
 def linear_loss(nets, batch, step, keys):
   """Loss w . x0: its gradient is the mean of x0, whatever the weights."""
   loss = batch.x0 @ nets.online
-  return core.LossOut(loss, {'t': jnp.arange(len(batch.x0), dtype=jnp.float32)})
+  return core.LossOut(loss, {'sigma': jnp.arange(len(batch.x0), dtype=jnp.float32)})
 
 
-def one_step_of(loss, x0, target_rate=None):
+def one_step_of(loss, x0, target_decay=None):
   tx = optax.sgd(0.5)
-  rates = {'slow': schedules.constant(value=0.9)}
-  state = train.init_state(jnp.array([1.0, -2.0]), tx, ('slow',), bool(target_rate))
-  step = jax.jit(train.make_train_step(loss, tx, rates, target_rate, seed=0))
+  decays = {'slow': schedules.constant(value=0.9)}
+  state = init_state(
+    jnp.array([1.0, -2.0]), tx.init(jnp.zeros(2)), ('slow',), bool(target_decay)
+  )
+  step = jax.jit(train.make_train_step(loss, tx, decays, target_decay, seed=0))
   return state, *step(state, core.Frozen(), core.Batch(x0, None))
 
 
 def test_step_moves_parameters_and_averages_by_their_rates():
   x0 = jnp.array([[1.0, 0.0], [3.0, 2.0], [2.0, 4.0], [2.0, 2.0]])
   half = schedules.constant(value=0.5)
-  before, after, metrics = one_step_of(linear_loss, x0, target_rate=half)
+  before, after, metrics = one_step_of(linear_loss, x0, target_decay=half)
   moved = np.array([1.0, -2.0]) - 0.5 * np.array([2.0, 2.0])  # w - lr mean(x0)
   old = np.asarray(before.params)
   np.testing.assert_allclose(after.params, moved, rtol=1e-6)
@@ -97,7 +95,7 @@ def test_quartiles_are_by_rank_of_t():
   x0 = jnp.stack([jnp.arange(8.0), jnp.zeros(8)], axis=1)[::-1]
 
   def loss(nets, batch, step, keys):
-    return core.LossOut(batch.x0 @ nets.online, {'t': batch.x0[:, 0]})
+    return core.LossOut(batch.x0 @ nets.online, {'sigma': batch.x0[:, 0]})
 
   metrics = one_step_of(loss, x0)[2]
   quartiles = [float(metrics[f'loss_q{i}']) for i in (1, 2, 3, 4)]
@@ -117,7 +115,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(bad):
 def test_an_infinite_gradient_of_a_finite_loss_is_skipped_too():
   def loss(nets, batch, step, keys):
     root = jnp.sqrt(jnp.sum(nets.online * 0.0))  # 0, with gradient 0 / 0
-    return core.LossOut(jnp.full(4, root), {'t': jnp.arange(4.0)})
+    return core.LossOut(jnp.full(4, root), {'sigma': jnp.arange(4.0)})
 
   before, after, metrics = one_step_of(loss, jnp.ones((4, 2)))
   assert metrics['loss'] == 0
@@ -130,7 +128,7 @@ def test_an_infinite_gradient_of_a_finite_loss_is_skipped_too():
 
 def test_a_run_that_is_never_finite_stops_and_says_so(tmp_path, one_device):
   config = small(max_skipped_steps=4, every__log_steps=2)
-  run = runs.prepare(config, one_device)
+  run = prepare(config, one_device)
 
   def broken(nets, batch, step, keys):
     out = run.loss(nets, batch, step, keys)
@@ -141,15 +139,15 @@ def test_a_run_that_is_never_finite_stops_and_says_so(tmp_path, one_device):
 
 
 @pytest.mark.parametrize('name', ['edm.py:digits', 'ct.py:toy2d'])
-def test_a_run_that_fell_over_goes_on_to_the_same_bits(name, tmp_path, one_device):
-  run = runs.prepare(small(name), one_device)
+def test_a_run_that_crashed_resumes_to_the_same_bits(name, tmp_path, one_device):
+  run = prepare(small(name), one_device)
   straight = train.train(run, tmp_path / 'straight', {})
 
   def fall(run, params, step, log, check):
     if step == 9:
       raise RuntimeError
 
-  falling = runs.prepare(small(name, every__picture_steps=3), one_device)
+  falling = prepare(small(name, every__picture_steps=3), one_device)
   with pytest.raises(RuntimeError):
     train.train(falling, tmp_path / 'fallen', {'picture': fall})
   resumed = train.train(run, tmp_path / 'fallen', {})
@@ -159,10 +157,10 @@ def test_a_run_that_fell_over_goes_on_to_the_same_bits(name, tmp_path, one_devic
 def test_losses_do_not_depend_on_the_number_of_devices(one_device):
   losses = []
   for mesh in (one_device, sharding.data_mesh()):
-    run = runs.prepare(small(), mesh)
-    state = train.first_state(run)
+    run = prepare(small(), mesh)
+    state = first_state(run)
     step = jax.jit(
-      train.make_train_step(run.loss, run.tx, run.ema_rates, None, run.config.seed),
+      train.make_train_step(run.loss, run.tx, run.ema_decays, None, run.config.seed),
       donate_argnums=0,
     )
     rows = []
@@ -176,7 +174,7 @@ def test_losses_do_not_depend_on_the_number_of_devices(one_device):
 
 
 def test_a_finished_run_is_left_as_it_is(tmp_path, one_device):
-  run = runs.prepare(small(), one_device)
+  run = prepare(small(), one_device)
   first = train.train(run, tmp_path, {})
   lines = (tmp_path / 'metrics.jsonl').read_text()
   assert_equal_states(first, train.train(run, tmp_path, {}))
@@ -186,51 +184,51 @@ def test_a_finished_run_is_left_as_it_is(tmp_path, one_device):
 def test_a_student_starts_from_the_weights_its_teacher_samples_from(
   tmp_path, one_device
 ):
-  teacher = train.train(runs.prepare(small(), one_device), tmp_path / 'teacher', {})
+  teacher = train.train(prepare(small(), one_device), tmp_path / 'teacher', {})
   config = small('ect.py:digits', init_from=str(tmp_path / 'teacher'))
-  state = train.first_state(runs.prepare(config, one_device))
+  state = first_state(prepare(config, one_device))
   for tree in (state.params, state.ema['slow']):
     assert_equal_states(tree, teacher.ema['slow'])
   assert int(state.step) == 0
 
 
 def test_another_network_is_refused_before_any_step(tmp_path, one_device):
-  train.train(runs.prepare(small(), one_device), tmp_path / 'teacher', {})
+  train.train(prepare(small(), one_device), tmp_path / 'teacher', {})
   config = small(
     'ect.py:digits', init_from=str(tmp_path / 'teacher'), network__width=32
   )
   differs = r'another network: parameter .*\(32,\).*\(64,\)'
   with pytest.raises(core.UserError, match=differs):
-    train.train(runs.prepare(config, one_device), tmp_path / 'student', {})
+    train.train(prepare(config, one_device), tmp_path / 'student', {})
   assert not list((tmp_path / 'student').rglob('config.json'))
 
 
 def test_a_folder_with_another_config_is_refused(tmp_path, one_device):
-  train.train(runs.prepare(small(), one_device), tmp_path, {})
+  train.train(prepare(small(), one_device), tmp_path, {})
   with pytest.raises(core.UserError, match=r'config\.seed: 0 -> 1'):
-    train.train(runs.prepare(small(seed=1), one_device), tmp_path, {})
-  more_often = small(every__log_steps=3, evaluation__samples=7)  # trains the same
-  train.train(runs.prepare(more_often, one_device), tmp_path, {})
+    train.train(prepare(small(seed=1), one_device), tmp_path, {})
+  more_often = small(every__log_steps=3, evaluation__num_samples=7)  # trains the same
+  train.train(prepare(more_often, one_device), tmp_path, {})
 
 
-CIFAR10 = os.environ.get(data.DATA_DIR_VARIABLE, '')
+CIFAR10 = os.environ.get(DATA_DIR_VARIABLE, '')
 
 
 @pytest.mark.skipif(
   not CIFAR10 or not (Path(CIFAR10) / 'cifar10').is_dir(),
-  reason=f'no CIFAR-10 prepared by TFDS; set {data.DATA_DIR_VARIABLE}',
+  reason=f'no CIFAR-10 prepared by TFDS; set {DATA_DIR_VARIABLE}',
 )
 def test_ect_on_narrowed_cifar10_learns_a_fixed_batch(one_device):
-  config = configs.load(ROOT / 'configs' / 'ect.py:cifar10')
+  config = read(ROOT / 'configs' / 'ect.py:cifar10')
   config.update(dict(init_from='', batch_size=16))
   config.data.update(dict(data_dir=str(CIFAR10), split='train[:320]'))
-  config.network.update(dict(channels=16, channel_mult=(1, 1), blocks=1))
+  config.network.update(dict(channels=16, channel_mult=(1, 1), num_blocks=1))
   config.optimizer.learning_rate.value = 1e-3
-  run = runs.prepare(config, one_device)
+  run = prepare(config, one_device)
   assert run.source.shape == (32, 32, 3)
-  state = train.first_state(run)
+  state = first_state(run)
   step = jax.jit(
-    train.make_train_step(run.loss, run.tx, run.ema_rates, None, run.config.seed)
+    train.make_train_step(run.loss, run.tx, run.ema_decays, None, run.config.seed)
   )
   fixed = train.batch(run, 0)
 
@@ -248,14 +246,14 @@ def test_ect_on_narrowed_cifar10_learns_a_fixed_batch(one_device):
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_kept(tmp_path, one_device, capsys):
-  run = runs.prepare(small(), one_device)
+  run = prepare(small(), one_device)
   straight = train.train(run, tmp_path, {})
   newest = tmp_path / 'checkpoints' / '24' / 'online' / 'manifest.ocdbt'
   newest.write_bytes(newest.read_bytes()[:20])
   again = train.train(run, tmp_path, {})
-  said = capsys.readouterr().out
-  assert 'checkpoint 24 is damaged' in said
-  assert 'goes on from step 18' in said
+  out = capsys.readouterr().out
+  assert 'checkpoint 24 is damaged' in out
+  assert 'resumes from step 18' in out
   assert (tmp_path / 'checkpoints' / '24.damaged').is_dir()
   assert_equal_states(straight, again)
 
@@ -280,23 +278,23 @@ def test_kill_9_at_a_random_moment_ends_in_the_same_bits(tmp_path, one_device):
   resumed = subprocess.run(command, env=environment, capture_output=True, check=True)
   assert b'damaged' not in resumed.stdout
 
-  run = runs.prepare(config, one_device)
+  run = prepare(config, one_device)
   straight = train.train(run, tmp_path / 'straight', {})
   checkpoints = checkpoint.Checkpoints(tmp_path / 'killed', keep=2)
-  like = train.abstract_state(run)
+  like = abstract_state(run)
   assert_equal_states(straight, checkpoints.restore(like, logs.say)[0])
   checkpoints.close()
 
 
-# Placements, parts of a batch, and being told to stop -------------------------------
+# Sharding, accumulation and preemption -----------------------------------------------
 
 
 @pytest.mark.parametrize('slices', [1, 2])
 def test_split_state_gives_the_losses_of_data_parallel(slices):
   config = small(network__width=64)
-  whole = runs.prepare(config)
-  split = runs.prepare(config, sharding.mesh(fsdp=True, slices=slices))
-  states = [train.random_state(run) for run in (whole, split)]
+  whole = prepare(config)
+  split = prepare(config, sharding.mesh(fsdp=True, num_slices=slices))
+  states = [random_state(run) for run in (whole, split)]
   kernel = states[1].params['block0_dense0']['kernel']
   assert kernel.addressable_shards[0].data.size == kernel.size * slices // 8
   steps = [train.compiled_step(run) for run in (whole, split)]
@@ -306,7 +304,7 @@ def test_split_state_gives_the_losses_of_data_parallel(slices):
       states[j], metrics = steps[j](states[j], run.frozen, train.batch(run, i))
       losses.append(float(metrics['loss']))
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)  # order of float32 sums
-  places = jax.tree.map(lambda a: a.sharding, train.abstract_state(split))
+  places = jax.tree.map(lambda a: a.sharding, abstract_state(split))
   assert jax.tree.map(lambda a: a.sharding, states[1]) == places
 
 
@@ -315,8 +313,8 @@ def bytes_a_device(state):
 
 
 def test_split_state_takes_an_eighth_of_the_memory():
-  run = runs.prepare(small(network__width=256), sharding.mesh(fsdp=True))
-  state = train.random_state(run)
+  run = prepare(small(network__width=256), sharding.mesh(fsdp=True))
+  state = random_state(run)
   whole = sum(a.nbytes for a in jax.tree.leaves(state))
   assert bytes_a_device(state) <= (1 / 8 + 0.02) * whole
 
@@ -327,7 +325,7 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole():
     train.make_train_step(linear_loss, optax.sgd(0.1), {}, None, 0, accumulate=n)
     for n in (1, 4)
   )
-  state = train.init_state(jnp.ones(3), optax.sgd(0.1), (), False)
+  state = init_state(jnp.ones(3), optax.sgd(0.1).init(jnp.ones(3)), (), False)
   (a, seen), (b, seen_in_parts) = (
     step(state, core.Frozen(), batch) for step in (whole, parts)
   )
@@ -335,13 +333,13 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole():
   assert seen_in_parts['loss'] == pytest.approx(float(seen['loss']), rel=1e-6)
 
 
-def test_parts_have_random_numbers_of_their_own():
+def test_parts_have_independent_random_numbers():
   def noise_loss(nets, batch, step, keys):
     noise = jax.random.normal(keys['noise'], batch.x0.shape)
-    return core.LossOut(noise[:, 0] * nets.online[0], {'t': noise[:, 0]})
+    return core.LossOut(noise[:, 0] * nets.online[0], {'sigma': noise[:, 0]})
 
   step = train.make_train_step(noise_loss, optax.sgd(0.1), {}, None, 0, accumulate=4)
-  state = train.init_state(jnp.ones(1), optax.sgd(0.1), (), False)
+  state = init_state(jnp.ones(1), optax.sgd(0.1).init(jnp.ones(1)), (), False)
   batch = core.Batch(jnp.zeros((4, 1)), None, jnp.arange(4))
   _, metrics = step(state, core.Frozen(), batch)
   quarters = [float(metrics[f'loss_q{i}']) for i in range(1, 5)]
@@ -349,11 +347,22 @@ def test_parts_have_random_numbers_of_their_own():
   assert sorted(quarters) == quarters
 
 
+def test_the_metrics_of_an_older_checkpoint_are_those_of_today():
+  saved = {'steps': 2, 'sums': {'loss': 3.0, 'mean_t': 8.0}, 'skipped': [1]}
+  window = Window(saved)
+  one = jnp.ones(())
+  window.add({'loss': one, 'mean_sigma': one, 'skipped': 0 * one})
+  skipped, means = window.close(step=10, batch_size=4)
+  assert skipped == [9]
+  assert (means['loss'], means['mean_sigma']) == (4 / 3, 3.0)
+  assert 'mean_t' not in means
+
+
 def test_parts_that_do_not_divide_the_batch_are_refused():
   with pytest.raises(core.UserError, match=r'config\.accumulate: 3 parts .* of 32'):
-    runs.prepare(small(accumulate=3))
+    prepare(small(accumulate=3))
   with pytest.raises(core.UserError, match=r'config\.batch_size: 4 examples .* 8 dev'):
-    runs.prepare(small(accumulate=8))
+    prepare(small(accumulate=8))
 
 
 def rows_of(workdir):
@@ -362,11 +371,9 @@ def rows_of(workdir):
   return [{k: v for k, v in row.items() if k != 'images_per_s'} for row in rows]
 
 
-def test_a_run_asked_to_stop_saves_its_step_and_goes_on_to_the_same_bits(
-  tmp_path, one_device, capsys
-):
+def test_a_preempted_run_resumes_to_the_same_bits(tmp_path, one_device, capsys):
   # Neither the notice nor the checkpoints come where a row of metrics ends.
-  run = runs.prepare(small(every__picture_steps=3, every__log_steps=5), one_device)
+  run = prepare(small(every__picture_steps=3, every__log_steps=5), one_device)
 
   def ask(run, params, step, log, check):
     if step == 9:
@@ -375,7 +382,7 @@ def test_a_run_asked_to_stop_saves_its_step_and_goes_on_to_the_same_bits(
   before = signal.getsignal(signal.SIGTERM)
   stopped = train.train(run, tmp_path / 'asked', {'picture': ask})
   assert int(stopped.step) == 9
-  assert 'asked to stop: saved step 9' in capsys.readouterr().out
+  assert 'saved step 9' in capsys.readouterr().out
   assert signal.getsignal(signal.SIGTERM) == before
   again = train.train(run, tmp_path / 'asked', {})
   assert_equal_states(train.train(run, tmp_path / 'straight', {}), again)
@@ -383,16 +390,16 @@ def test_a_run_asked_to_stop_saves_its_step_and_goes_on_to_the_same_bits(
 
 
 @pytest.mark.parametrize('at', [6, 24])
-def test_what_a_notice_interrupts_is_saved_first_and_done_when_the_run_goes_on(
+def test_an_interrupted_hook_is_repeated_when_the_run_resumes(
   at, tmp_path, one_device, capsys
 ):
-  run = runs.prepare(small(every__picture_steps=6, every__evaluate_steps=6), one_device)
-  begun, ended = [], []
+  run = prepare(small(every__picture_steps=6, every__evaluate_steps=6), one_device)
+  started, ended = [], []
 
   def slow(name):
     def look(run, params, step, log, check):
-      begun.append((name, step))
-      if begun.count(('picture', at)) == 1 and (name, step) == ('picture', at):
+      started.append((name, step))
+      if started.count(('picture', at)) == 1 and (name, step) == ('picture', at):
         os.kill(os.getpid(), signal.SIGTERM)
       check()
       ended.append((name, step, float(params['output']['bias'][0])))
@@ -401,18 +408,18 @@ def test_what_a_notice_interrupts_is_saved_first_and_done_when_the_run_goes_on(
 
   hooks = {name: slow(name) for name in ('picture', 'evaluate')}
   assert int(train.train(run, tmp_path, hooks).step) == at
-  said = capsys.readouterr().out
-  assert f'asked to stop: saved step {at}' in said
-  assert 'done: ' not in said
+  out = capsys.readouterr().out
+  assert f'saved step {at}' in out
+  assert 'done: ' not in out
   state = train.train(run, tmp_path, hooks)
   assert 'done: ' in capsys.readouterr().out
   assert [(name, step) for name, step, _ in ended] == [
     (name, step) for step in (6, 12, 18, 24) for name in ('picture', 'evaluate')
   ]
   assert ended[-1][2] == float(state.ema['slow']['output']['bias'][0])
-  assert len(begun) == len(ended) + 1
+  assert len(started) == len(ended) + 1
   train.train(run, tmp_path, hooks)  # and not once more where the run is at its end
-  assert len(begun) == len(ended) + 1
+  assert len(started) == len(ended) + 1
 
 
 def test_sigterm_during_an_evaluation_ends_it_within_seconds(tmp_path):
@@ -421,7 +428,7 @@ def test_sigterm_during_an_evaluation_ends_it_within_seconds(tmp_path):
     *(f'--config.{k}={v}' for k, v in SMALL.items()),
   ]  # fmt: skip
   endless = [
-    '--config.every.evaluate_steps=6', '--config.evaluation.samples=5000000',
+    '--config.every.evaluate_steps=6', '--config.evaluation.num_samples=5000000',
     '--config.evaluation.batch_size=64',
   ]  # fmt: skip
   environment = os.environ | {'PYTHONPATH': str(ROOT)}
@@ -431,37 +438,37 @@ def test_sigterm_during_an_evaluation_ends_it_within_seconds(tmp_path):
   while not re.search('samples left=', line := process.stdout.readline()):
     assert line
   process.send_signal(signal.SIGTERM)
-  begun = time.monotonic()
+  start = time.monotonic()
   out, _ = process.communicate(timeout=300)
   assert process.returncode == 0
   # A batch of 64 and a save take well under a second, the evaluation hours; between
   # them lies a busy machine.
-  assert time.monotonic() - begun < 30
-  assert 'asked to stop: saved step 6' in out
+  assert time.monotonic() - start < 30
+  assert 'saved step 6' in out
   again = subprocess.run(
-    [*command, '--config.every.evaluate_steps=6', '--config.evaluation.samples=16'],
+    [*command, '--config.every.evaluate_steps=6', '--config.evaluation.num_samples=16'],
     env=environment, capture_output=True, text=True, check=True,
   )  # fmt: skip
   assert 'step 6 heun: evaluations=35 samples=16' in again.stdout
   assert 'step 24 heun: ' in again.stdout
 
 
-def test_a_run_that_never_made_a_step_is_not_done(tmp_path, one_device, capsys):
-  run = runs.prepare(small(), one_device)
+def test_a_run_with_only_skipped_steps_fails(tmp_path, one_device, capsys):
+  run = prepare(small(), one_device)
 
-  def lost(nets, batch, step, keys):
+  def broken(nets, batch, step, keys):
     out = run.loss(nets, batch, step, keys)
     return out._replace(loss=out.loss * jnp.nan)
 
-  with pytest.raises(FloatingPointError, match='all 24 steps had a loss'):
-    train.train(run._replace(loss=lost), tmp_path, {})
-  said = capsys.readouterr().out
-  assert 'skipped_steps=24' in said
-  assert 'done: ' not in said
+  with pytest.raises(FloatingPointError, match='all 24 steps were skipped'):
+    train.train(run._replace(loss=broken), tmp_path, {})
+  out = capsys.readouterr().out
+  assert 'skipped_steps=24' in out
+  assert 'done: ' not in out
 
 
-def test_a_run_that_diverges_is_not_done(tmp_path, one_device, capsys):
-  run = runs.prepare(small(), one_device)
+def test_a_run_that_diverges_fails(tmp_path, one_device, capsys):
+  run = prepare(small(), one_device)
 
   def grows(nets, batch, step, keys):
     out = run.loss(nets, batch, step, keys)
@@ -472,10 +479,10 @@ def test_a_run_that_diverges_is_not_done(tmp_path, one_device, capsys):
   assert 'done: ' not in capsys.readouterr().out
 
 
-def test_a_run_that_lost_steps_in_its_first_and_last_row_is_done(
+def test_a_run_with_skipped_steps_in_its_first_and_last_row_succeeds(
   tmp_path, one_device, capsys
 ):
-  run = runs.prepare(small(), one_device)
+  run = prepare(small(), one_device)
 
   def loss(nets, batch, step, keys):
     out = run.loss(nets, batch, step, keys)
@@ -486,8 +493,9 @@ def test_a_run_that_lost_steps_in_its_first_and_last_row_is_done(
   assert 'done: ' in capsys.readouterr().out
 
 
-def test_steps_lost_before_a_restart_are_not_those_of_after_it(tmp_path, one_device):
-  run = runs.prepare(small(total_images=32 * 12, every__log_steps=12), one_device)
+def test_steps_skipped_before_a_restart_are_not_counted_after_it(tmp_path, one_device):
+  every = dict(every__log_steps=12, every__picture_steps=7)
+  run = prepare(small(total_images=32 * 12, **every), one_device)
 
   def loss(nets, batch, step, keys):
     out = run.loss(nets, batch, step, keys)
@@ -497,7 +505,6 @@ def test_steps_lost_before_a_restart_are_not_those_of_after_it(tmp_path, one_dev
     raise RuntimeError
 
   fails = run._replace(loss=loss)
-  fails.config.every.picture_steps = 7
   with pytest.raises(
     RuntimeError
   ):  # after the checkpoint of step 6, whose all are lost
@@ -506,10 +513,10 @@ def test_steps_lost_before_a_restart_are_not_those_of_after_it(tmp_path, one_dev
   assert int(state.step) == 12
 
 
-def test_a_step_of_training_that_stands_still_is_reported(
+def test_a_training_step_that_hangs_is_reported(
   tmp_path, one_device, monkeypatch, capsys
 ):
-  run, read = runs.prepare(small(), one_device), train.batch
+  run, read = prepare(small(), one_device), train.batch
 
   def slow(run, step):
     time.sleep(1.0 if step == 20 else 0.0)
@@ -520,7 +527,7 @@ def test_a_step_of_training_that_stands_still_is_reported(
   monkeypatch.setattr(watchdog, 'Watchdog', soon)
   train.train(run, tmp_path, {})
   err = capsys.readouterr().err
-  assert re.search(r'process 0: step 21 has taken \d s, .* does not answer', err)
+  assert re.search(r'process 0: step 21 has taken \d s, .* may hang', err)
 
 
 def test_two_runs_in_one_folder_lose_nothing(tmp_path, one_device):
@@ -537,13 +544,13 @@ def test_two_runs_in_one_folder_lose_nothing(tmp_path, one_device):
     )
     for seed in (0, 1)
   ]  # fmt: skip
-  said = [process.communicate(timeout=300) for process in both]
+  outputs = [process.communicate(timeout=300) for process in both]
   codes = [process.returncode for process in both]
-  assert sorted(codes) == [0, 2], said
-  winner, (_, told) = codes.index(0), said[codes.index(2)]
+  assert sorted(codes) == [0, 2], outputs
+  winner, (_, error) = codes.index(0), outputs[codes.index(2)]
   owner = f'process {both[winner].pid} on host'
-  assert owner in told or 'holds a run with another config' in told
-  assert told.count('\n') == 1
+  assert owner in error or 'another config' in error
+  assert error.count('\n') == 1
   assert [row['step'] for row in rows_of(tmp_path)] == list(range(6, 601, 6))
   config = json.loads((tmp_path / 'config.json').read_text())
   assert config['seed'] == winner
@@ -551,12 +558,12 @@ def test_two_runs_in_one_folder_lose_nothing(tmp_path, one_device):
     [*command, f'--config.seed={winner}'], env=environment, capture_output=True,
     text=True, check=True,
   )  # fmt: skip
-  assert 'goes on from step 600' in again.stdout
+  assert 'resumes from step 600' in again.stdout
 
 
-def test_a_run_without_its_config_goes_on(tmp_path, one_device):
+def test_a_run_without_its_config_file_resumes(tmp_path, one_device):
   config = small(every__picture_steps=3)
-  run = runs.prepare(config, one_device)
+  run = prepare(config, one_device)
 
   def fall(run, params, step, log, check):
     if step == 9:
@@ -565,26 +572,27 @@ def test_a_run_without_its_config_goes_on(tmp_path, one_device):
   with pytest.raises(RuntimeError):
     train.train(run, tmp_path, {'picture': fall})
   (tmp_path / 'config.json').unlink()
-  other = runs.prepare(small(seed=1), one_device)
+  other = prepare(small(seed=1), one_device)
   with pytest.raises(core.UserError, match=r'config\.seed: 0 -> 1'):
     train.train(other, tmp_path, {})
   train.train(run, tmp_path, {})
-  assert configs.differences(configs.load(tmp_path / 'config.json'), config) == {}
+  assert differences(load(tmp_path / 'config.json'), config) == {}
 
 
-def test_steps_that_are_lost_are_named_by_batch_and_seed(tmp_path, one_device):
-  run = runs.prepare(small(max_skipped_steps=1, seed=7), one_device)
+def test_skipped_steps_are_named_by_batch_and_seed(tmp_path, one_device):
+  run = prepare(small(max_skipped_steps=1, seed=7), one_device)
 
   def loss(nets, batch, step, keys):
     out = run.loss(nets, batch, step, keys)
     bad = (step == 2) | (step == 4)
     return out._replace(loss=jnp.where(bad, jnp.nan, out.loss))
 
-  with pytest.raises(FloatingPointError, match=r'2 steps .* batch 4 of config.seed 7'):
+  error = r'config\.max_skipped_steps: 2 steps .* batch 4 of config.seed 7'
+  with pytest.raises(FloatingPointError, match=error):
     train.train(run._replace(loss=loss), tmp_path, {})
 
 
-def test_a_save_that_fails_is_one_line_and_the_run_can_go_on(tmp_path):
+def test_a_failed_save_is_one_line_and_the_run_can_be_repeated(tmp_path):
   command = [
     sys.executable, '-m', 'cmjax.main', f'--config={ROOT}/configs/edm.py:digits',
     f'--workdir={tmp_path}', *(f'--config.{k}={v}' for k, v in SMALL.items()),
@@ -602,7 +610,7 @@ def test_a_save_that_fails_is_one_line_and_the_run_can_go_on(tmp_path):
   failed = run(limited)
   assert failed.returncode == 2, failed.stderr
   assert failed.stderr.count('\n') == 1, failed.stderr
-  assert re.search('could not be saved .* which starts again', failed.stderr)
+  assert re.search('saving a checkpoint failed .* from step 0', failed.stderr)
   again = run(command)
   assert again.returncode == 0, again.stderr
   assert 'step 24/24' in again.stdout

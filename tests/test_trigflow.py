@@ -46,7 +46,7 @@ def weights(seed=0):
 
 def mlp_and_weights(**kwargs):
   """The network that is trained on points, with no parameter at zero."""
-  network = mlp.mlp(width=16, blocks=1, embedding=8, noise_scale=3.0, **kwargs)
+  network = mlp.mlp(width=16, num_blocks=1, embedding=8, noise_scale=3.0, **kwargs)
   example = jnp.zeros((1, 3)), jnp.zeros(1), None
   shapes = jax.eval_shape(network.init, jax.random.key(0), *example)
   draw = np.random.default_rng(0)
@@ -106,10 +106,11 @@ def in_angles(f):
 def test_the_raw_gradient_is_that_of_theorem_6(name, sigma_data, x64):
   f = precond.trigflow(NETWORK, sigma_data=sigma_data)
   x0, z, t = draws()
-  at = flow(f, name, x0, z), process.point(f.process, x0, z, t), t, None, None
+  x_t = process.perturb(f.process, x0, z, t)
+  at = flow(f, name, x0, z), core.Noisy(x_t, t, None, None)
 
   def simplified(params):
-    out = trigflow.simplified(f, core.Nets(params), *at, normaliser=None)
+    out = trigflow.scm_loss(f, core.Nets(params), *at, normaliser=None)
     return jnp.sum(out.loss)
 
   def theorem(params):
@@ -132,40 +133,43 @@ def test_a_target_network_gives_the_tangent_and_the_point_it_starts_from(x64):
   f = precond.trigflow(NETWORK, sigma_data=0.7)
   params, target = weights(), weights(seed=7)
   x0, z, t = draws()
-  x_t, field = process.point(f.process, x0, z, t), flow(f, 'conditional', x0, z)
-  at = field, x_t, t, None, None
+  x_t, field = process.perturb(f.process, x0, z, t), flow(f, 'conditional', x0, z)
+  at = field, core.Noisy(x_t, t, None, None)
 
   def found(params):
     nets = core.Nets(params, target)
-    return jnp.sum(trigflow.simplified(f, nets, *at, normaliser=None).loss)
+    return jnp.sum(trigflow.scm_loss(f, nets, *at, normaliser=None).loss)
 
-  def by_hand(params):
+  def written_out(params):
     _, dy = continuous.tangent(in_angles(f), target, *at)
     y, still = (perceptron(p, x_t / 0.7, t, None) for p in (params, target))
     return jnp.sum((y - still - jnp.cos(t)[:, None] * dy) ** 2) / 3
 
-  for a, b in zip(*(jax.jit(jax.value_and_grad(g))(params) for g in (found, by_hand))):
+  for a, b in zip(
+    *(jax.jit(jax.value_and_grad(g))(params) for g in (found, written_out))
+  ):
     assert distance_between(a, b) < 1e-12  # float64, two orders of operations
 
 
 @pytest.mark.parametrize('name', ['conditional', 'teacher'])
-def test_the_tangent_is_that_of_noise_levels_in_another_clock(name, x64):
+def test_the_tangent_is_that_on_the_ve_process(name, x64):
   f, params = precond.trigflow(NETWORK, sigma_data=0.7), weights()
   x0, z, t = draws()
-  x_t, field = process.point(f.process, x0, z, t), flow(f, name, x0, z)
+  x_t, field = process.perturb(f.process, x0, z, t), flow(f, name, x0, z)
   levels = 0.7 * jnp.tan(t)
   if name == 'conditional':
-    there = fields.conditional(process.VE, x0, z)
+    ve_field = fields.conditional(process.VE, x0, z)
   else:
-    there = oracles.field(MIXTURE)
+    ve_field = oracles.field(MIXTURE)
 
   @jax.jit
   def both(params):
-    _, by_angle = continuous.tangent(in_angles(f), params, field, x_t, t, None, None)
-    x = process.point(process.VE, x0, z, levels)
-    _, by_level = continuous.tangent(f, params, there, x, levels, None, None)
-    nets = core.Nets(params)
-    out = trigflow.simplified(f, nets, field, x_t, t, None, None, normaliser=None)
+    noisy = core.Noisy(x_t, t, None, None)
+    _, by_angle = continuous.tangent(in_angles(f), params, field, noisy)
+    x = process.perturb(process.VE, x0, z, levels)
+    on_ve = core.Noisy(x, levels, None, None)
+    _, by_level = continuous.tangent(f, params, ve_field, on_ve)
+    out = trigflow.scm_loss(f, core.Nets(params), field, noisy, normaliser=None)
     return by_angle, by_level, out.aux
 
   by_angle, by_level, aux = both(params)
@@ -174,7 +178,7 @@ def test_the_tangent_is_that_of_noise_levels_in_another_clock(name, x64):
   length = np.linalg.norm(np.asarray(by_angle), axis=1)
   # As is cos t of it, the length that is logged, with the noise level beside it.
   np.testing.assert_allclose(aux['tangent'], np.cos(np.asarray(t)) * length, rtol=1e-11)
-  np.testing.assert_allclose(aux['t'], levels, rtol=1e-14)
+  np.testing.assert_allclose(aux['sigma'], levels, rtol=1e-14)
 
 
 # Teachers of other processes -------------------------------------------------------
@@ -185,7 +189,7 @@ def test_an_edm_teacher_is_a_trigflow_network_with_its_sign_turned(sigma_data, x
   network, params = mlp_and_weights(dtype='float64')
   trig = process.trigflow(sigma_data)
   x0, z, t = draws()
-  x_t = process.point(trig, x0, z, t)
+  x_t = process.perturb(trig, x0, z, t)
   teacher = fields.teacher_denoiser(
     precond.edm(network, sigma_data=sigma_data), params, None
   )
@@ -199,10 +203,10 @@ def test_an_edm_teacher_is_a_trigflow_network_with_its_sign_turned(sigma_data, x
 def test_a_flow_matching_teacher_has_its_closed_form(x64):
   params, trig = weights(), process.trigflow(1.0)
   x0, z, t = draws()
-  x_t = process.point(trig, x0, z, t)
+  x_t = process.perturb(trig, x0, z, t)
 
   def denoiser(x, level):
-    x, s = process.change_clock(process.VE, process.LINEAR, x, level)
+    x, s = process.change_process(process.VE, process.LINEAR, x, level)
     v = perceptron(params, x, s, None)
     return process.data_of_velocity(process.LINEAR, x, v, s)
 
@@ -217,29 +221,29 @@ def test_a_flow_matching_teacher_has_its_closed_form(x64):
 
 
 @pytest.mark.parametrize(
-  'there', [process.trigflow(0.5), process.LINEAR], ids=['trigflow', 'linear']
+  'other', [process.trigflow(0.5), process.LINEAR], ids=['trigflow', 'linear']
 )
-def test_the_flow_of_another_process_leads_to_the_same_point(there, x64):
+def test_the_flow_of_another_process_leads_to_the_same_point(other, x64):
   x0, z, _ = draws()
   high, low = jnp.linspace(0.5, 20.0, ROWS), jnp.full(ROWS, 0.05)
-  x = process.point(process.VE, x0, z, high)
-  field = fields.probability_flow(there, lambda x, t: oracles.denoiser(MIXTURE, x, t))
+  x = process.perturb(process.VE, x0, z, high)
+  field = fields.probability_flow(other, lambda x, t: oracles.denoiser(MIXTURE, x, t))
 
   @jax.jit
   def both(x):
-    here = oracles.consistency(MIXTURE, x, high, low)
-    x, start = process.change_clock(process.VE, there, x, high)
-    step = (there.time_of(low) - start) / 1024
+    exact = oracles.consistency(MIXTURE, x, high, low)
+    x, start = process.change_process(process.VE, other, x, high)
+    step = (other.time_of(low) - start) / 1024
 
     def advance(i, x):
       return solvers.runge_kutta4(field, x, start + i * step, start + (i + 1) * step)
 
     x = jax.lax.fori_loop(0, 1024, advance, x)
-    return here, process.change_clock(there, process.VE, x, start + 1024 * step)[0]
+    return exact, process.change_process(other, process.VE, x, start + 1024 * step)[0]
 
-  here, through = both(x)
-  # The integrator in ln t errs by 1e-11 at 1,024 steps, those in other clocks by less.
-  np.testing.assert_allclose(through, here, atol=1e-10)
+  exact, through = both(x)
+  # The integrator in ln t errs by 1e-11 at 1,024 steps, those in other times by less.
+  np.testing.assert_allclose(through, exact, atol=1e-10)
 
 
 # The target of the regression ------------------------------------------------------
@@ -251,34 +255,37 @@ def offset(shift, x, c_noise, cond, *, key=None):
 
 
 def targets(**choices):
-  """What F is told to move by in each row, and the loss's other numbers."""
+  """What F is regressed towards in each row, and the loss's other numbers."""
   f = precond.trigflow(core.Network(None, offset))
   x0, z, t = draws()
-  at = flow(f, 'conditional', x0, z), process.point(f.process, x0, z, t), t, None, None
+  x_t = process.perturb(f.process, x0, z, t)
+  at = flow(f, 'conditional', x0, z), core.Noisy(x_t, t, None, None)
 
   def loss(shift):
-    out = trigflow.simplified(f, core.Nets(shift), *at, **choices)
+    out = trigflow.scm_loss(f, core.Nets(shift), *at, **choices)
     return jnp.sum(out.loss), out
 
   gradient, out = jax.jit(jax.grad(loss, has_aux=True))(jnp.zeros_like(x0))
   return -3 * np.asarray(gradient) / 2, out
 
 
-def test_without_its_share_the_curvature_is_gone_and_velocity_matching_left(x64):
-  found, _ = targets(share=0.0, normaliser=None)
+def test_without_warmup_only_velocity_matching_is_left(x64):
+  found, _ = targets(warmup=0.0, normaliser=None)
   trig = process.trigflow(0.5)
   x0, z, t = draws()
-  raw = perceptron(weights(), process.point(trig, x0, z, t) / 0.5, t, None)
-  error = 0.5 * np.asarray(raw) - np.asarray(process.rate(trig, x0, z, t))
+  raw = perceptron(weights(), process.perturb(trig, x0, z, t) / 0.5, t, None)
+  error = 0.5 * np.asarray(raw) - np.asarray(
+    process.conditional_velocity(trig, x0, z, t)
+  )
   exact = -(np.cos(column(t)) ** 2) * error
   # Float64; at t = 1.5 the cosine squared is 0.005, which costs two digits.
   np.testing.assert_allclose(found, exact, rtol=1e-11, atol=1e-14)
 
 
-def test_the_share_goes_from_velocity_matching_to_the_whole(x64):
+def test_warmup_goes_from_velocity_matching_to_the_whole_target(x64):
   none, some, whole, plain = (
-    targets(normaliser=None, **share)[0]
-    for share in (dict(share=0.0), dict(share=0.3), dict(share=1.0), {})
+    targets(normaliser=None, **warmup)[0]
+    for warmup in (dict(warmup=0.0), dict(warmup=0.3), dict(warmup=1.0), {})
   )
   np.testing.assert_array_equal(whole, plain)
   assert np.min(np.linalg.norm(whole - none, axis=1)) > 1e-3
@@ -307,7 +314,7 @@ def test_no_defect_gives_exactly_no_loss_and_no_gradient():
   field = fields.conditional(f.process, x_t, x_t)
 
   def loss(params):
-    out = trigflow.simplified(f, core.Nets(params), field, x_t, t, None, None)
+    out = trigflow.scm_loss(f, core.Nets(params), field, core.Noisy(x_t, t, None, None))
     return jnp.sum(out.loss)
 
   assert jax.value_and_grad(loss)(0.7) == (0.0, 0.0)
@@ -327,9 +334,9 @@ def test_a_learned_weighting_settles_at_the_inverse_of_the_mean_error(x64):
 
   def mean(params, log_weight):
     f = precond.trigflow(core.Network(None, apply, 1, log_weight))
-    x_t = process.point(f.process, x0, z, t)
+    x_t = process.perturb(f.process, x0, z, t)
     field = fields.conditional(f.process, x0, z)
-    out = trigflow.simplified(f, core.Nets(params), field, x_t, t, None, None)
+    out = trigflow.scm_loss(f, core.Nets(params), field, core.Noisy(x_t, t, None, None))
     return jnp.mean(out.loss)
 
   plain = jax.jit(jax.value_and_grad(lambda p: mean(p, None)))
@@ -347,15 +354,17 @@ def test_a_learned_weighting_settles_at_the_inverse_of_the_mean_error(x64):
     )
 
 
-def test_a_learned_weighting_is_asked_at_the_angles(x64):
+def test_a_learned_weighting_is_evaluated_at_the_angles(x64):
   network, params = mlp_and_weights(dtype='float64', log_weight=True)
   f = precond.trigflow(network)
   x0, z, t = draws()
-  x_t, field = process.point(f.process, x0, z, t), flow(f, 'conditional', x0, z)
+  x_t, field = process.perturb(f.process, x0, z, t), flow(f, 'conditional', x0, z)
 
   def loss(network, params):
     f = precond.trigflow(network)
-    return trigflow.simplified(f, core.Nets(params), field, x_t, t, None, None).loss
+    return trigflow.scm_loss(
+      f, core.Nets(params), field, core.Noisy(x_t, t, None, None)
+    ).loss
 
   w = np.asarray(network.log_weight(params, t))
   assert np.ptp(w) > 0.1
@@ -412,7 +421,7 @@ def test_scd_with_exact_teacher_and_map_has_no_tangent(oracle, bound, x64):
   assert abs(gradient) > 1e-2
 
 
-def test_sct_draws_noise_levels_and_follows_the_own_path_as_warmed_up(x64):
+def test_sct_draws_noise_levels_and_follows_the_conditional_field_with_warmup(x64):
   f, params = precond.trigflow(NETWORK), weights()
   x0 = draws()[0]
   batch = core.Batch(x0, None)
@@ -425,22 +434,20 @@ def test_sct_draws_noise_levels_and_follows_the_own_path_as_warmed_up(x64):
   levels = LEVELS(keys()['time'], ROWS)
   z = jax.random.normal(keys()['noise'], x0.shape)
   angles = jnp.arctan(levels / 0.5)
-  for step, share in ((0, 0.0), (4, 0.5), (20, 1.0)):
+  x_t = jnp.cos(angles)[:, None] * x0 + 0.5 * jnp.sin(angles)[:, None] * z
+  for step, factor in ((0, 0.0), (4, 0.5), (20, 1.0)):
     found = loss(core.Nets(params), batch, jnp.int32(step), keys())
-    exact = trigflow.simplified(
+    exact = trigflow.scm_loss(
       f,
       core.Nets(params),
       fields.conditional(f.process, x0, z),
-      jnp.cos(angles)[:, None] * x0 + 0.5 * jnp.sin(angles)[:, None] * z,
-      angles,
-      None,
-      None,
-      share=share,
+      core.Noisy(x_t, angles, None, None),
+      warmup=factor,
       normaliser=0.3,
     )
     np.testing.assert_allclose(found.loss, exact.loss, rtol=1e-11)  # float64
     np.testing.assert_allclose(found.aux['tangent'], exact.aux['tangent'], rtol=1e-11)
-    np.testing.assert_allclose(found.aux['t'], levels, rtol=1e-13)
+    np.testing.assert_allclose(found.aux['sigma'], levels, rtol=1e-13)
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
@@ -470,7 +477,7 @@ def plain(params, x, t, cond, *, key=None):
 
 
 @pytest.mark.parametrize('name', ['sct', 'scd'])
-def test_what_cannot_be_trained_is_refused(name):
+def test_invalid_models_and_normalisers_are_refused(name):
   def build(f, **kwargs):
     choices = dict(times=LEVELS, warmup=ALWAYS) | kwargs
     if name == 'sct':
@@ -482,9 +489,9 @@ def test_what_cannot_be_trained_is_refused(name):
   for other in (
     plain,
     precond.edm(NETWORK),
-    precond.two_time(NETWORK._replace(clocks=2)),
+    precond.two_time(NETWORK._replace(num_times=2)),
   ):
-    with pytest.raises(ValueError, match='precond:trigflow'):
+    with pytest.raises(ValueError, match=r'precond\.trigflow'):
       build(other)
   for normaliser in (0.0, -0.1):
     with pytest.raises(ValueError, match='normaliser must'):

@@ -9,10 +9,11 @@ import jax
 import numpy as np
 import pytest
 
-from cmjax import checkpoint, main, pretrained
-from cmjax import config as configs
+from cmjax import main
 from cmjax.core import UserError
 from cmjax.port import write
+from cmjax.runtime import checkpoint, pretrained
+from cmjax.runtime.config_files import load
 from tests.test_build import HOSTILE, payload
 from tests.test_main import SMALL
 
@@ -32,7 +33,7 @@ PLACES = {
   'objective': 'study',
   'objective.times': 'study',
   'studies.x': 'study',
-  'target_rate': 'dry_run',
+  'target_decay': 'dry_run',
   'ema.x': 'dry_run',
   'mesh': 'dry_run',
   'optimizer': 'dry_run',
@@ -135,7 +136,7 @@ from cmjax.networks import mlp
 from cmjax.objectives import denoise
 
 def network(**settings):
-  return mlp.mlp(width=16, blocks=1, embedding=8)
+  return mlp.mlp(width=16, num_blocks=1, embedding=8)
 
 def loss(f, times, sigma_data, label_dropout):
   return denoise.edm(f, times=times)
@@ -155,7 +156,7 @@ def test_a_run_of_ones_own_functions_opens_once_they_are_trusted(
   assert main.main([f'--workdir={run}']) == 2
   assert '--trust=theirlab' in capsys.readouterr().err
   assert main.main([f'--workdir={run}', '--trust=theirlab']) == 0
-  config = configs.load(run / 'config.json', trust=('theirlab',))
+  config = load(run / 'config.json', trust=('theirlab',))
   assert config.objective.fn == 'theirlab:loss'
 
 

@@ -11,20 +11,22 @@ import threading
 
 import pytest
 
-from cmjax import config as configs
-from cmjax import workdir as workdirs
 from cmjax.core import UserError
+from cmjax.runtime import lock as locks
+from cmjax.runtime.config_files import load
+from cmjax.runtime.lock import _beat, lock
+from cmjax.runtime.workdir import check_claim, config_for, folder, write_config
 from tests.test_build import refusal
 
 
 @pytest.fixture
 def config():
-  return configs.load('edm:digits')
+  return load('edm:digits')
 
 
-def hold(folder, held, release):
+def hold(path, held, release):
   """Keeps the lock in a process of its own until it may go, or is killed."""
-  with workdirs.lock(folder):
+  with lock(path):
     held.set()
     release.wait()
 
@@ -41,9 +43,9 @@ def owner(tmp_path):
   process.kill()
 
 
-def locked(folder):
-  with workdirs.lock(folder):
-    return json.loads((folder / '.lock').read_text())
+def locked(path):
+  with lock(path):
+    return json.loads((path / '.lock').read_text())
 
 
 def test_a_second_process_is_refused_by_host_and_process(owner, tmp_path):
@@ -70,8 +72,8 @@ def test_a_lock_may_be_taken_again_in_one_process(tmp_path):
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
   """A lock that an owner on another host left; theirs is not seen by flock."""
-  monkeypatch.setattr(workdirs, 'BEAT_S', 0.1)
-  monkeypatch.setattr(workdirs, 'PATIENCE_S', 0.5)
+  monkeypatch.setattr(locks, 'BEAT_S', 0.1)
+  monkeypatch.setattr(locks, 'PATIENCE_S', 0.5)
   (tmp_path / '.lock').write_text('{"host": "another-host", "process": 7}')
   return tmp_path
 
@@ -83,12 +85,12 @@ def test_an_owner_on_another_host_that_is_gone_is_not_in_the_way(elsewhere):
 def test_an_owner_on_another_host_that_is_alive_is(elsewhere):
   ended = threading.Event()
   with open(elsewhere / '.lock', 'rb') as file:
-    heart = threading.Thread(target=workdirs._beat, args=(file.fileno(), ended))
+    heart = threading.Thread(target=_beat, args=(file.fileno(), ended))
     heart.start()
     told = refusal(locked, elsewhere)
     ended.set()
     heart.join()
-  assert 'process 7 on host another-host is training there' in told
+  assert 'process 7 on host another-host is training in it' in told
 
 
 def test_where_a_file_system_has_no_locks_the_beat_alone_decides(
@@ -101,8 +103,8 @@ def test_where_a_file_system_has_no_locks_the_beat_alone_decides(
   mine = {'host': socket.gethostname(), 'process': 7}
   (elsewhere / '.lock').write_text(json.dumps(mine))
   assert locked(elsewhere)['process'] == os.getpid()
-  with workdirs.lock(elsewhere):
-    assert 'is training there' in refusal(locked, elsewhere)
+  with lock(elsewhere):
+    assert 'is training in it' in refusal(locked, elsewhere)
 
 
 @pytest.mark.parametrize('text', ['', '[]', '3', '{"host": 1}', '\x00' * 9, '[' * 5000])
@@ -125,34 +127,33 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
 
 
 def test_the_folder_of_a_command():
-  assert workdirs.folder('runs/x').name == 'x'
-  assert refusal(workdirs.folder, '').startswith('give --workdir=DIR')
+  assert folder('runs/x').name == 'x'
+  assert refusal(folder, '').startswith('give --workdir=DIR')
   for place in ('gs://bucket/run', 's3://bucket/run', 'file:///tmp/x'):
-    assert place in refusal(workdirs.folder, place)
+    assert place in refusal(folder, place)
 
 
 def test_a_claim_is_by_config(config, tmp_path):
-  workdirs.check_claim(tmp_path, config)
-  workdirs.write_config(tmp_path, config)
-  workdirs.check_claim(tmp_path, config)
-  config.evaluation.samples = 77  # how a run is looked at may change
-  workdirs.check_claim(tmp_path, config)
-  config.seed = 3
-  told = refusal(workdirs.check_claim, tmp_path, config)
+  check_claim(tmp_path, config)
+  write_config(tmp_path, config)
+  check_claim(tmp_path, config)
+  more = load('edm:digits', overrides=[('evaluation.num_samples', '77')])
+  check_claim(tmp_path, more)  # how a run is evaluated may change
+  told = refusal(check_claim, tmp_path, config.replace(seed=3))
   assert 'holds a run with another config (config.seed: 0 -> 3)' in told
 
 
 def test_a_command_without_a_config_goes_on_with_that_of_the_run(config, tmp_path):
-  config.network.width = 24
-  workdirs.write_config(tmp_path, config)
-  found = workdirs.config_for('', tmp_path, [('evaluation.samples', '50')])
-  assert (found.network.width, found.evaluation.samples) == (24, 50)
+  network = config.network.to_dict() | dict(width=24)
+  write_config(tmp_path, config.replace(network=network))
+  found = config_for('', tmp_path, [('evaluation.num_samples', '50')])
+  assert (found.network.width, found.evaluation.num_samples) == (24, 50)
   with pytest.raises(UserError, match='give --config=NAME'):
-    workdirs.config_for('', tmp_path / 'none')
+    config_for('', tmp_path / 'none')
 
 
 @pytest.mark.parametrize('text', ['[]', '3', 'null', '{}', '', '[' * 100_000])
 def test_a_damaged_config_of_a_run_is_one_line(text, tmp_path):
   (tmp_path / 'config.json').write_text(text)
-  told = refusal(workdirs.config_for, '', tmp_path)
+  told = refusal(config_for, '', tmp_path)
   assert str(tmp_path / 'config.json') in told

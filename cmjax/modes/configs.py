@@ -2,14 +2,14 @@
 
 import argparse
 
-from cmjax import config
+from cmjax.runtime.config_files import shipped
 
 
 def run(flags: argparse.Namespace) -> None:
   """Prints every config with the first line of its file."""
-  for name, line in config.shipped().items():
+  for name, line in shipped().items():
     print(f'{name:15}{line}')
   print(
-    '\nEach is for toy2d, digits and cifar10, as in --config=ect:digits; what a recipe '
-    'is, where it comes from and what it reaches is in its file'
+    '\nEach is for toy2d, digits and cifar10, as in --config=ect:digits; its file has '
+    'the sources, the expected results and the measured ones'
   )

@@ -1,49 +1,56 @@
-"""`--mode=sample`: pictures and arrays of samples, of a run or of a file of weights."""
+"""`--mode=sample`: draws samples from a run or a file of weights."""
 
 import argparse
+from typing import Any
 
 import numpy as np
 
-from cmjax import data, evaluate, logs
-from cmjax import run as runs
 from cmjax.core import UserError, unused
+from cmjax.data.source import Source, as_x0
+from cmjax.modes import evaluate
+from cmjax.runtime import logs
+from cmjax.runtime.reopen import beside, reopen_for
 
 
 def run(flags: argparse.Namespace) -> None:
-  """Draws with every sampler: a PNG and an .npz each, and one picture of all."""
-  opened = runs.reopen_for(
+  """Writes one PNG and one .npz per sampler, and a PNG of all of them."""
+  opened = reopen_for(
     flags.workdir, flags.config, flags.overrides, flags.trust, needs_data=False
   )
   source = opened.source
   if flags.labels:
-    source = _only_labels(source, flags.labels)
+    source = _with_labels(source, flags.labels)
     opened = opened._replace(source=source)
-  folder = unused(runs.beside(opened) / 'samples' / f'step_{opened.step:08d}')
-  wanted, panels = opened.config.evaluation, {}
+  folder = unused(beside(opened) / 'samples' / f'step_{opened.step:08d}')
+  evaluation, panels = opened.config.evaluation, {}
   if len(source.examples):
-    real = data.as_x0(source, source.examples[: wanted.pictured])
+    real = as_x0(source, source.examples[: evaluation.num_pictured])
     panels[source.name] = evaluate.picture(source, real)
   for name, sampler in opened.samplers.items():
     logs.say(f'{name} ...')
     drawn = evaluate.draw(
-      opened, opened.params, sampler, samples=wanted.pictured, seed=wanted.seed
+      opened,
+      opened.params,
+      sampler,
+      num_samples=evaluation.num_pictured,
+      seed=evaluation.seed,
     )
     image = evaluate.picture(source, drawn.x)
-    panels[f'{name}, evaluations of the network a sample: {drawn.evaluations}'] = image
+    panels[f'{name}, network evaluations per sample: {drawn.evaluations}'] = image
     logs.write_png(folder / f'{name}.png', image)
-    arrays = {'images': drawn.x, 'evaluations': drawn.evaluations}
+    arrays: dict[str, Any] = {'images': drawn.x, 'evaluations': drawn.evaluations}
     if drawn.labels is not None:
       arrays['labels'] = drawn.labels
     np.savez(folder / f'{name}.npz', **arrays)
   logs.write_png(folder / 'all.png', logs.sheet(panels))
-  logs.say(f'{folder / "all.png"}; each sampler has a .png and a .npz beside it')
+  logs.say(f'{folder / "all.png"}; each sampler also has a .png and an .npz')
 
 
-def _only_labels(source: data.Source, text: str) -> data.Source:
-  """The source with those labels to draw, in turn."""
+def _with_labels(source: Source, text: str) -> Source:
+  """The source with the labels of --labels, for samples to be conditioned on."""
   labels = text.split(',')
   if not source.classes:
-    raise UserError('--labels: this model has no classes')
+    raise UserError('--labels: this model has no classes; leave it out')
   if not all(n.isdecimal() and int(n) < source.classes for n in labels):
     raise UserError(
       f'--labels={text}: must be numbers from 0 to {source.classes - 1}, as 0,3,7'

@@ -1,37 +1,42 @@
-"""`--mode=study`: the weights of a run by noise level, in tables and pictures."""
+"""`--mode=study`: measures trained weights by noise level, in tables and plots."""
 
 import argparse
+from typing import Any
 
-from cmjax import build, logs
-from cmjax import run as runs
 from cmjax.core import UserError, unused
-from cmjax.studies import Study
+from cmjax.runtime import build, logs
+from cmjax.runtime.functions import function
+from cmjax.runtime.reopen import beside, facts, reopen_for, subject_of
+from cmjax.studies.study import Study
 
 
 def run(flags: argparse.Namespace) -> None:
-  """Makes every study of the config: one page, its numbers as JSON, and a PNG each."""
-  opened = runs.reopen_for(flags.workdir, flags.config, flags.overrides, flags.trust)
-  if not opened.config.studies:
-    raise UserError('config.studies is empty; configs/parts.py:studies() has some')
-  for name, part in opened.config.studies.items():
-    build.function(part.fn, f'config.studies.{name}.fn', Study)
-  folder = unused(runs.beside(opened) / 'studies' / f'step_{opened.step:08d}')
-  subject = runs.subject_of(opened)
-  pages, found = [f'# {opened.source.name}, step {opened.step:,}'], {}
-  for name, part in opened.config.studies.items():
+  """Runs every study of the config, and writes one page, a JSON file and the plots."""
+  opened = reopen_for(flags.workdir, flags.config, flags.overrides, flags.trust)
+  parts: dict[str, Any] = dict(opened.config.studies)
+  if not parts:
+    raise UserError(
+      'config.studies: is empty; add some, as configs/parts.py:studies() does'
+    )
+  for name in parts:  # before the first of them takes its time
+    function(parts[name].fn, f'config.studies.{name}.fn', Study)
+  folder = unused(beside(opened) / 'studies' / f'step_{opened.step:08d}')
+  subject = subject_of(opened)
+  pages, tables = [f'# {opened.source.name}, step {opened.step:,}'], {}
+  for name in parts:
     logs.say(f'{name} ...')
-    study = build.build(part, f'config.studies.{name}', Study, subject=subject)
+    study = build.build(parts[name], f'config.studies.{name}', Study, subject=subject)
     logs.write_png(folder / f'{name}.png', logs.curves(study.rows, study.x, study.ys))
     pages.append(_page(name, study))
-    found[name] = study.rows
+    tables[name] = study.rows
   text = '\n\n'.join(pages) + '\n'
   (folder / 'study.md').write_text(text, encoding='utf-8')
-  logs.write_json(folder / 'study.json', runs.facts(opened, studies=found))
-  logs.say(f'{text}\n{folder}/study.md, study.json and a picture a table')
+  logs.write_json(folder / 'study.json', facts(opened, studies=tables))
+  logs.say(f'{text}\n{folder}/study.md, study.json and one plot per table')
 
 
 def _page(name: str, study: Study) -> str:
-  """Its title, table and picture, and what each column means."""
+  """Markdown of a study: title, table, the meaning of the columns, and the plot."""
   rows = [{key: logs.number(value) for key, value in row.items()} for row in study.rows]
   meanings = '\n'.join(f'- `{key}`: {text}' for key, text in study.columns.items())
   table = logs.markdown_table(rows)

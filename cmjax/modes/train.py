@@ -1,19 +1,21 @@
-"""`--mode=train`: a run from its first step, or from where it is, to its end."""
+"""`--mode=train`: a run from its first step, or its last checkpoint, to its end."""
 
 import argparse
 
-from cmjax import config as configs
-from cmjax import evaluate, train, workdir
-from cmjax import run as runs
+from cmjax import train
+from cmjax.modes import evaluate
+from cmjax.runtime import workdir
+from cmjax.runtime.config import require
+from cmjax.runtime.run import prepare
 
 
 def run(flags: argparse.Namespace) -> None:
-  """Trains; with a --workdir alone, goes on with the run in it."""
+  """Trains; with a --workdir alone, continues the run in it."""
   folder = workdir.folder(flags.workdir)
   config = workdir.config_for(flags.config, folder, flags.overrides, flags.trust)
-  configs.require(config)
+  require(config)
   workdir.check_claim(folder, config)
-  prepared = runs.prepare(config, trust=flags.trust)
+  prepared = prepare(config, trust=flags.trust)
   hooks = {'picture': evaluate.log_pictures}
   if config.every.evaluate_steps:
     hooks['evaluate'] = evaluate.table_logger(evaluate.build_metrics(prepared))

@@ -5,18 +5,18 @@ import jax.numpy as jnp
 
 from cmjax import checks
 from cmjax.core import Network
-from cmjax.networks import layers
+from cmjax.networks import adapter, embeddings, unet
 
 
 def _xavier(gain=1.0):
-  """Xavier uniform, its standard deviation multiplied by `gain`."""
-  return layers.variance(gain**2, 'fan_avg', 'uniform')
+  """Xavier uniform with its standard deviation multiplied by `gain`."""
+  return unet.variance_scaling(gain**2, 'fan_avg')
 
 
-_INITS = layers.Inits(
-  weight=_xavier(),
-  last=_xavier(1e-5),
-  qkv=_xavier(0.2**0.5),
+_INITS = unet.Initializers(
+  kernel=_xavier(),
+  output_kernel=_xavier(1e-5),
+  qkv_kernel=_xavier(0.2**0.5),
   bias=lambda fan_in: nn.initializers.zeros_init(),
 )
 
@@ -24,93 +24,95 @@ _INITS = layers.Inits(
 class _SongUNet(nn.Module):
   channels: int
   channel_mult: tuple[int, ...]
-  blocks: int
-  attention: tuple[int, ...]
+  num_blocks: int
+  attention_resolutions: tuple[int, ...]
   embedding: str
   residual_input: bool
   augment: int
   noise_scale: float
   remat: bool
-  style: layers.Style
+  options: unet.BlockOptions
 
   @nn.compact
   def __call__(self, x, c_noise, cond, deterministic):
     levels = len(self.channel_mult)
-    layers.check_images(x, levels)
+    unet.check_images(x, levels)
     emb = self._embed(c_noise, cond)
-    image, resolution, dtype = x, x.shape[1], self.style.dtype
+    image, resolution, dtype = x, x.shape[1], self.options.dtype
     x = x.astype(dtype)
 
-    def block(place, x, channels, attends):
-      made = layers.residual_block(
-        place, channels, int(attends), self.style, self.remat
+    def apply_block(block, x, channels, attends):
+      module = unet.residual_block(
+        block, channels, int(attends), self.options, self.remat
       )
-      return made(x, emb, deterministic)
+      return module(x, emb, deterministic)
 
-    def conv(name, x, channels, init=_INITS.weight):
+    def conv(name, x, channels, init=_INITS.kernel):
       return nn.Conv(channels, (3, 3), dtype=dtype, kernel_init=init, name=name)(x)
 
     skips, pyramid = [], x
-    for place in layers.encoder(resolution, levels, self.blocks):
-      if place.kind == 'conv':
-        x = conv(place.name, x, self.channels)
-      elif place.kind == 'down':
-        x = block(place, x, x.shape[-1], False)
+    for block in unet.encoder(resolution, levels, self.num_blocks):
+      if block.kind == 'conv':
+        x = conv(block.name, x, self.channels)
+      elif block.kind == 'down':
+        x = apply_block(block, x, x.shape[-1], False)
         if self.residual_input:
-          name = place.name.replace('down', 'aux_residual')
-          x = pyramid = (x + self._halved(name, pyramid, x.shape[-1])) * 0.5**0.5
+          name = block.name.replace('down', 'aux_residual')
+          x = pyramid = (x + self._downsampled(name, pyramid, x.shape[-1])) * 0.5**0.5
       else:
-        attends = resolution >> place.level in self.attention
-        x = block(place, x, self.channel_mult[place.level] * self.channels, attends)
+        attends = resolution >> block.level in self.attention_resolutions
+        x = apply_block(
+          block, x, self.channel_mult[block.level] * self.channels, attends
+        )
       skips.append(x)
 
-    for place in layers.decoder(resolution, levels, self.blocks):
-      channels, attends = x.shape[-1], place.kind == 'in0'
-      if place.kind == 'block':
+    for block in unet.decoder(resolution, levels, self.num_blocks):
+      channels, attends = x.shape[-1], block.kind == 'in0'
+      if block.kind == 'block':
         x = jnp.concatenate([x, skips.pop()], axis=-1)
-        channels = self.channel_mult[place.level] * self.channels
-        last = place.index == self.blocks
-        attends = last and resolution >> place.level in self.attention
-      x = block(place, x, channels, attends)
+        channels = self.channel_mult[block.level] * self.channels
+        last = block.position == self.num_blocks
+        attends = last and resolution >> block.level in self.attention_resolutions
+      x = apply_block(block, x, channels, attends)
 
     name = f'dec_{resolution}x{resolution}'
-    x = layers.group_norm(f'{name}_aux_norm', x, self.style.epsilon, dtype)
-    return conv(f'{name}_aux_conv', nn.silu(x), image.shape[-1], _INITS.last)
+    x = unet.group_norm(f'{name}_aux_norm', x, self.options.epsilon, dtype)
+    return conv(f'{name}_aux_conv', nn.silu(x), image.shape[-1], _INITS.output_kernel)
 
-  def _halved(self, name, x, channels):
-    """A convolution without bias, the filter, every second pixel, and the bias.
+  def _downsampled(self, name, x, channels):
+    """A convolution, a filter with stride 2, and the bias of the convolution.
 
     Source: NVlabs/edm `Conv2d(fused_resample=True)`, which pads once for both.
     """
-    taps = self.style.taps
+    taps = self.options.taps
     pad = 1 + (len(taps) - 1) // 2
     x = nn.Conv(
       channels,
       (3, 3),
       padding=pad,
       use_bias=False,
-      dtype=self.style.dtype,
-      kernel_init=_INITS.weight,
+      dtype=self.options.dtype,
+      kernel_init=_INITS.kernel,
       name=name,
     )(x)
-    x = layers.depthwise(x, 'down', taps, padding=0)
+    x = unet.depthwise(x, 'down', taps, padding=0)
     bias = self.param(f'{name}_bias', nn.initializers.zeros_init(), (channels,))
     return x + bias.astype(x.dtype)[None, None, None, :]
 
   def _embed(self, c_noise, cond):
-    layers.refuse_missing_labels(self, cond)
-    clock = self.noise_scale * c_noise
+    adapter.check_labels(self, cond, 'map_label')
+    c_noise = self.noise_scale * c_noise
     if self.embedding == 'positional':
-      emb = layers.positional_embedding(clock, self.channels)
+      emb = embeddings.positional(c_noise, self.channels)
     else:
       normal = nn.initializers.normal(16.0)
       frequencies = self.param('map_noise', normal, (self.channels,))
-      emb = layers.fourier_embedding(clock, frequencies)
+      emb = embeddings.fourier(c_noise, frequencies)
 
     def dense(name, x, channels, bias=True):
-      return nn.Dense(channels, bias, kernel_init=_INITS.weight, name=name)(x)
+      return nn.Dense(channels, bias, kernel_init=_INITS.kernel, name=name)(x)
 
-    labels, augmentation = self._told(cond, len(c_noise))
+    labels, augmentation = self._labels_and_augmentation(cond, len(c_noise))
     if labels is not None:
       scaled = labels * labels.shape[-1] ** 0.5
       emb += dense('map_label', scaled, emb.shape[-1])
@@ -120,23 +122,23 @@ class _SongUNet(nn.Module):
       emb = nn.silu(dense(name, emb, 4 * self.channels))
     return emb
 
-  def _told(self, cond, rows):
-    """Labels and augmentation of cond, whose last columns may tell the latter."""
+  def _labels_and_augmentation(self, cond, batch_size):
+    """Splits cond; augmentation columns that are missing are zeros."""
     if not self.augment:
       return cond, None
-    plain = jnp.zeros((rows, self.augment))
+    zeros = jnp.zeros((batch_size, self.augment))
     if self.is_initializing():
-      return cond, plain
+      return cond, zeros
     classes = 0
     if self.has_variable('params', 'map_label'):
       classes = self.get_variable('params', 'map_label')['kernel'].shape[0]
     width = 0 if cond is None else cond.shape[-1]
-    if width == classes:
-      return cond, plain
+    if cond is None or width == classes:
+      return cond, zeros
     if width != classes + self.augment:
       raise ValueError(
-        f'cond must have {classes} columns of labels, or {self.augment} more that tell '
-        f'the augmentation; got {width}'
+        f'cond must have {classes} columns of labels, or {self.augment} more for the '
+        f'augmentation; got {width}'
       )
     return (cond[:, :classes] if classes else None), cond[:, classes:]
 
@@ -145,62 +147,63 @@ def songunet(
   *,
   channels: int = 128,
   channel_mult: tuple[int, ...] = (2, 2, 2),
-  blocks: int = 4,
-  attention: tuple[int, ...] = (16,),
+  num_blocks: int = 4,
+  attention_resolutions: tuple[int, ...] = (16,),
   embedding: str = 'positional',
   residual_input: bool = False,
   taps: tuple[int, ...] = (1, 1),
   augment: int = 0,
   dropout: float = 0.13,
   noise_scale: float = 1.0,
-  clocks: int = 1,
+  num_times: int = 1,
   log_weight: bool = False,
-  attend: str = 'exact',
+  attention_implementation: str = 'exact',
   remat: bool = False,
   dtype: str = 'float32',
 ) -> Network:
-  """DDPM++ in EDM's form, by default that for CIFAR-10: 55,732,739 parameters.
+  """DDPM++ as in EDM, by default the one for CIFAR-10: 55,732,739 parameters.
 
   NCSN++ is `embedding='fourier', residual_input=True, taps=(1, 3, 3, 1)`: 56,395,651
-  parameters for CIFAR-10, 128 of them frequencies that stay as they were drawn.
+  parameters for CIFAR-10, of which 128 are fixed random frequencies.
 
   Args:
-    channels: base width; a level is channel_mult times as wide.
-    channel_mult: one entry a resolution, each half the one before.
-    blocks: residual blocks a resolution in the encoder, one more in the decoder.
-    attention: resolutions with self-attention.
-    embedding: of the noise level, 'positional' or 'fourier'.
-    residual_input: whether the image, made smaller, is added at each resolution.
-    taps: filter of every resampling, an even number of them.
-    augment: columns of cond, after those of the labels, that tell how an image was
-      augmented; left out, they are zeros. EDM has 9 for CIFAR-10.
-    dropout: rate inside the blocks, active only under a key.
+    channels: base width, multiplied by channel_mult at each level.
+    channel_mult: one entry per level; each level halves the resolution.
+    num_blocks: residual blocks per level of the encoder; the decoder has one more.
+    attention_resolutions: resolutions with self-attention.
+    embedding: of c_noise, 'positional' or 'fourier'.
+    residual_input: whether the downsampled input image is added at each level.
+    taps: resampling filter, an even number of taps.
+    augment: columns of cond after the labels that describe the augmentation; zeros if
+      omitted. EDM has 9 for CIFAR-10.
+    dropout: dropout rate in the blocks, active only if `apply` gets a key.
     noise_scale: multiplies c_noise before its embedding; 1 in EDM and ECT.
-    clocks: how many times condition the network; 2 for a map between two.
-    log_weight: whether it also holds a learned weighting, for objectives that use one.
-    attend: 'exact' attention, 'chunked' to save memory, or 'fused' for that of
-      `jax.nn`, which rounds float64 to float32.
-    remat: compute each block again on the way back instead of keeping it.
+    num_times: times that condition the network; 2 for flow maps.
+    log_weight: whether to add a learned weighting, for objectives that use one.
+    attention_implementation: 'exact', 'chunked' to save memory, or 'fused' for
+      `jax.nn.dot_product_attention`, which rounds float64 to float32.
+    remat: recompute each block in the backward pass instead of storing it.
     dtype: compute dtype; embedding, statistics and parameters stay float32.
 
   Returns:
     A `Network` with apply(params, x f32[B, H, W, C], c_noise f32[B], cond f32[B, K])
     -> dtype[B, H, W, C].
 
-  Raises: ValueError for sizes that cannot work, or that images do not divide by.
+  Raises: ValueError naming a setting that is invalid; `apply` if H or W cannot be
+    halved once per level.
 
   Source: Song et al. 2021 (score SDE), DDPM++ and NCSN++; NVlabs/edm `SongUNet`.
   """
-  layers.check_unet(
+  unet.check_settings(
     channels=channels,
     channel_mult=channel_mult,
-    blocks=blocks,
-    attention=attention,
-    attend=attend,
+    num_blocks=num_blocks,
+    attention_resolutions=attention_resolutions,
+    attention_implementation=attention_implementation,
     remat=remat,
     dropout=dropout,
     noise_scale=noise_scale,
-    clocks=clocks,
+    num_times=num_times,
     log_weight=log_weight,
     dtype=dtype,
   )
@@ -209,31 +212,31 @@ def songunet(
   checks.wholes(64, 0, 2**16, taps=taps)
   checks.whole(0, 2**10, augment=augment)
   if len(taps) % 2 or not any(taps):
-    raise ValueError(f'needs an even number of taps, not all of them 0; got {taps=}')
-  style = layers.Style(
+    raise ValueError(f'taps must be an even number of taps, not all 0; got {taps}')
+  options = unet.BlockOptions(
     epsilon=1e-6,
     skip_scale=0.5**0.5,
     film=False,
     project=True,
     taps=tuple(taps),
     inits=_INITS,
-    attend=attend,
+    attention_implementation=attention_implementation,
     dropout=dropout,
     dtype=dtype,
   )
-  return layers.as_network(
+  return adapter.as_network(
     _SongUNet(
-      channels,
-      tuple(channel_mult),
-      blocks,
-      tuple(attention),
-      embedding,
-      residual_input,
-      augment,
-      noise_scale,
-      remat,
-      style,
+      channels=channels,
+      channel_mult=tuple(channel_mult),
+      num_blocks=num_blocks,
+      attention_resolutions=tuple(attention_resolutions),
+      embedding=embedding,
+      residual_input=residual_input,
+      augment=augment,
+      noise_scale=noise_scale,
+      remat=remat,
+      options=options,
     ),
-    clocks=clocks,
+    num_times=num_times,
     log_weight=log_weight,
   )

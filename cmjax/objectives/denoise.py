@@ -1,42 +1,39 @@
-"""Diffusion training: regress the posterior mean E[x0 | x_t]."""
+"""Diffusion training: regression on the data, whose minimiser is E[x0 | x_t].
 
-import jax
+The process is variance exploding, x_t = x0 + t z, so t is the noise level sigma.
+"""
 
-from cmjax.core import Array, Key, Loss, LossOut, Model, Nets, drop_labels
-from cmjax.distances import Weighting, edm_weighting, squared_l2
-from cmjax.process import VE, point
+from cmjax.core import Array, Loss, LossOut, Model, Nets, Noisy, drop_labels
+from cmjax.distances import squared_l2
+from cmjax.objectives.paths import draw_noise, perturb_batch
+from cmjax.process import VE
 from cmjax.times import Times
+from cmjax.weightings import Weighting
+from cmjax.weightings import edm as edm_weighting
 
 
-def denoising(
-  f: Model,
-  nets: Nets,
-  x0: Array,
-  z: Array,
-  t: Array,
-  cond: Array | None,
-  key: Key | None,
-  *,
-  weighting: Weighting,
+def denoising_loss(
+  f: Model, nets: Nets, noisy: Noisy, x0: Array, *, weighting: Weighting
 ) -> LossOut:
-  """w(t) |D(x0 + t z, t) - x0|^2 at given draws: x0, z f32[B, ...], t f32[B].
+  """w(t) |D(x_t, t) - x0|^2, x0 f32[B, ...].
 
   Source: Karras et al. 2022 (EDM), eq. (2).
   """
-  y = f(nets.online, point(VE, x0, z, t), t, cond, key=key)
-  return LossOut(weighting(t, t) * squared_l2()(y, x0), {'t': t})
+  x_t, t, cond, key = noisy
+  y = f(nets.online, x_t, t, cond, key=key)
+  return LossOut(weighting(t, t) * squared_l2()(y, x0), {'sigma': t})
 
 
 def edm(
   f: Model, *, times: Times, sigma_data: float = 0.5, label_dropout: float = 0.0
 ) -> Loss:
-  """Denoising score matching with the EDM weight.
+  """Denoising score matching with the weighting of EDM.
 
-  A share `label_dropout` of the labels is dropped, for a teacher that is to be guided.
-  For a `precond.trigflow` it is the TrigFlow diffusion loss, up to sigma_data^2.
+  Labels are dropped with probability `label_dropout`, which guidance needs. For a model
+  of `precond.trigflow` it is the TrigFlow diffusion loss, up to a factor sigma_data^2.
 
-  Raises: ValueError for a share outside [0, 1), or above zero without labels; unless
-    sigma_data > 0.
+  Raises: ValueError unless sigma_data > 0 and 0 <= label_dropout < 1, or if
+    label_dropout > 0 and there are no labels.
 
   Source: Karras et al. 2022 (EDM), table 1; the sum over pixels as in NVlabs/edm.
   """
@@ -46,10 +43,9 @@ def edm(
 
   def loss(nets, batch, step, keys):
     t = times(keys['time'], len(batch.x0))
-    z = jax.random.normal(keys['noise'], batch.x0.shape)
+    z = draw_noise(keys, batch)
     cond = drop_labels(batch.cond, keys['label'], label_dropout)
-    return denoising(
-      f, nets, batch.x0, z, t, cond, keys['dropout'], weighting=weighting
-    )
+    noisy = perturb_batch(VE, batch._replace(cond=cond), z, t, keys)
+    return denoising_loss(f, nets, noisy, batch.x0, weighting=weighting)
 
   return loss

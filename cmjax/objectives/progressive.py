@@ -1,65 +1,68 @@
-"""Progressive distillation: one step of the student for two of its teacher."""
+"""Progressive distillation: one step of the student matches two steps of its teacher.
+
+The process is variance exploding, x_t = x0 + t z, so t and r are noise levels sigma.
+"""
 
 import jax
 import jax.numpy as jnp
 
-from cmjax.core import Array, Key, Loss, LossOut, Model, Nets, Schedule, expand
-from cmjax.distances import Distance, Weighting
+from cmjax.core import Array, Loss, LossOut, Model, Nets, Noisy, Schedule, expand
+from cmjax.distances import Distance
 from cmjax.fields import probability_flow
-from cmjax.process import VE, data_of_velocity, point
+from cmjax.objectives.paths import draw_noise, perturb_batch
+from cmjax.process import VE, data_of_velocity
 from cmjax.solvers import euler
 from cmjax.times import check_grid, karras_at
+from cmjax.weightings import Weighting
 
 
-def two_for_one(
+def progressive_loss(
   f: Model,
   nets: Nets,
-  x_t: Array,
-  t: Array,
+  noisy: Noisy,
   middle: Array,
   r: Array,
-  cond: Array | None,
-  key: Key | None,
   *,
   distance: Distance,
   weighting: Weighting,
 ) -> LossOut:
-  """w(t) d(D(x_t, t), the data that an Euler step to x_r must have aimed at).
+  """w(t, r) d(D(x_t, t), sg x0'), with x0' such that one Euler step leads to x_r.
 
-  x_r is two Euler steps of the teacher, `nets.target`, from t over `middle` to r, all
-  f32[B] with r < middle < t; x_t f32[B, ...].
+  x_r follows from two Euler steps of the teacher, `nets.target`, from t to `middle` and
+  from there to r, all f32[B] with r < middle < t.
 
   Source: Salimans & Ho 2022, algorithm 2; Song et al. 2023, appendix on baselines.
   """
+  x_t, t, cond, key = noisy
   teacher = probability_flow(VE, lambda x, t: f(nets.target, x, t, cond))
   x_r = euler(teacher, euler(teacher, x_t, t, middle), middle, r)
   slope = (x_r - x_t) / expand(r - t, x_t)
   target = jax.lax.stop_gradient(data_of_velocity(VE, x_t, slope, t))
   y = f(nets.online, x_t, t, cond, key=key)
-  return LossOut(weighting(t, r) * distance(y, target), {'t': t, 'gap': t - r})
+  return LossOut(weighting(t, r) * distance(y, target), {'sigma': t, 'gap': t - r})
 
 
 def pd(
   f: Model,
   *,
-  steps: Schedule,
+  num_steps: Schedule,
   distance: Distance,
   weighting: Weighting,
   sigma_min: float = 0.002,
   sigma_max: float = 80.0,
   rho: float = 7.0,
 ) -> Loss:
-  """Progressive distillation on Karras grids of steps(step) sampling steps.
+  """Progressive distillation on Karras grids of num_steps(step) sampling steps.
 
-  The teacher is the target network: give `config.target_rate` as
-  `schedules:copy_at_stages`, of the same stages as `steps`, and start from a diffusion
-  model by `config.init_from`. f is a denoiser; sample it with `samplers.ode`, by Euler.
+  The teacher is the target network, whose decay must be `schedules.copy_at_stages`
+  with the same stages as `num_steps`. Start from the parameters of a diffusion model. f
+  is a denoiser; sample it by `samplers.ode` with the Euler solver.
 
   Raises: ValueError unless 0 < sigma_min < sigma_max and rho > 0, or without a target
     network.
 
   Source: Salimans & Ho 2022, algorithm 2.
-  Differs: the optimiser's state is kept from stage to stage.
+  Differs: the state of the optimiser is not reset between stages.
   """
   check_grid(sigma_min, sigma_max, rho)
   grid = dict(sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
@@ -67,23 +70,20 @@ def pd(
   def loss(nets, batch, step, keys):
     if nets.target is None:
       raise ValueError(
-        'pd needs a target network, its teacher; give config.target_rate as '
-        'cmjax.schedules:copy_at_stages'
+        'pd needs a target network, and Nets.target is None; use '
+        'schedules.copy_at_stages as the target decay'
       )
-    n = steps(step)
+    n = num_steps(step)
     index = jax.random.randint(keys['time'], (len(batch.x0),), 0, n.astype(jnp.int32))
     t, middle, r = (karras_at(index + part, n + 1, **grid) for part in (0.0, 0.5, 1.0))
-    z = jax.random.normal(keys['noise'], batch.x0.shape)
-    return two_for_one(
+    z = draw_noise(keys, batch)
+    return progressive_loss(
       f,
       nets,
-      point(VE, batch.x0, z, t),
-      t,
+      perturb_batch(VE, batch, z, t, keys),
       middle,
       r,
-      batch.cond,
-      keys['dropout'],
-      distance=distance.given(nets.perceptual),
+      distance=distance.bind(nets.perceptual),
       weighting=weighting,
     )
 

@@ -1,10 +1,8 @@
 """Simplified continuous-time consistency models (sCM): training and distillation.
 
-The tangent is taken of the raw network F on the TrigFlow process, where its parts that
-grow near t = 0 and t = pi / 2 can be written so that they do not.
+Times t are angles of the TrigFlow process, in [0, pi / 2]. The tangent is written in
+terms of the raw network F, so that no term is singular at t = 0 or t = pi / 2.
 """
-
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,101 +10,107 @@ import jax.numpy as jnp
 from cmjax import checks
 from cmjax.core import (
   Array,
-  Batch,
   Field,
-  Key,
   Loss,
   LossOut,
   Model,
   Nets,
+  Noisy,
   Schedule,
   expand,
   sum_features,
 )
-from cmjax.fields import conditional, probability_flow, teacher_denoiser
+from cmjax.objectives.paths import (
+  BatchField,
+  conditional_field,
+  draw_noise,
+  teacher_field,
+)
 from cmjax.precond import TrigFlow
-from cmjax.process import VE, change_clock, point
+from cmjax.process import VE, change_process, perturb
 from cmjax.times import Times
 
 
-def simplified(
+def scm_loss(
   f: TrigFlow,
   nets: Nets,
   field: Field,
-  x_t: Array,
-  t: Array,
-  cond: Array | None,
-  key: Key | None,
+  noisy: Noisy,
   *,
-  share: Array | float = 1.0,
+  warmup: Array | float = 1.0,
   normaliser: float | None = 0.1,
 ) -> LossOut:
-  """e^w / D |F - F^- - g / (|g| + c)|^2 - w, at angles t f32[B], x_t f32[B, ...].
+  """e^w / D |F - F^- - g / (|g| + c)|^2 - w at angles t f32[B], x_t f32[B, ...].
 
-  g = -cos^2 t (sigma_data F^- - dx/dt) - share cos t sin t (x_t + sigma_data dF^-/dt):
-  the tangent df^-/dt times cos t, with the prior weight 1 / (sigma_data tan t) in it.
-  The jvp of F takes tangents times cos t sin t, so that nothing overflows. `share`
-  warms up the part that is unstable at first. c is `normaliser`; with None, g is taken
-  as it is, and the gradient is that of Theorem 6. A target network, which the paper
-  does without, gives F^-, and pulls F towards it besides. w is the network's learned
-  log_weight at t, or zero for a network without one.
+  g = -cos^2 t (sigma_data F^- - dx/dt) - warmup cos t sin t (x_t + sigma_data dF^-/dt)
 
-  Source: Lu & Song 2024 (sCM), eqs. (6) to (8) and algorithm 1; the Euclidean norm.
-  Differs: the tangent given to the jvp is cos t sin t dx/dt / sigma_data; as printed,
-    without the division, it returns sigma_data times the wanted derivative.
+  is cos t times the tangent df^-/dt, with the prior weighting 1 / (sigma_data tan t).
+  The tangents of the jvp of F are scaled by cos t sin t, which avoids overflow.
+
+  `warmup` in [0, 1] scales the term that is unstable early in training. c is
+  `normaliser`; None disables normalisation, and the gradient is that of Theorem 6. w is
+  the network's log_weight at t, or 0 if it has none.
+
+  The paper has no target network: F^- is the stop-gradient of F. With a target network,
+  F is regressed on F^- + g / (|g| + c) of the target.
+
+  Source: Lu & Song 2024 (sCM), eqs. (6) to (8) and algorithm 1; |g| is the Euclidean
+    norm.
+  Differs: the tangent of the jvp is cos t sin t dx/dt / sigma_data; the paper omits the
+    division, which gives sigma_data times the intended derivative.
   """
+  x_t, t, cond, key = noisy
   sigma_data = f.sigma_data
   cos, sin = jnp.cos(t), jnp.sin(t)
-  v, k = jax.lax.stop_gradient(field(x_t, t)), cos * sin
+  v, scale = jax.lax.stop_gradient(field(x_t, t)), cos * sin
 
   def raw(params, x, t):
     return f.raw(params, x, t, cond, key=key)
 
-  y, moved = jax.jvp(
-    lambda x, t: raw(nets.online if nets.target is None else nets.target, x, t),
+  target_params = nets.online if nets.target is None else nets.target
+  y, dy = jax.jvp(
+    lambda x, t: raw(target_params, x, t),
     (x_t / sigma_data, t),
-    (expand(k, v) * v / sigma_data, k),
+    (expand(scale, v) * v / sigma_data, scale),
   )
-  still, moved = jax.lax.stop_gradient((y, moved))
-  if nets.target is not None:  # else y is that of the online network already
+  y_target, dy = jax.lax.stop_gradient((y, dy))
+  if nets.target is not None:  # otherwise y is F of the online network already
     y = raw(nets.online, x_t / sigma_data, t)
-  settle = -expand(cos**2, v) * (sigma_data * still - v)
-  curve = expand(k, x_t) * x_t + sigma_data * moved
-  g = jax.lax.stop_gradient(settle - share * curve)
+  velocity_error = -expand(cos**2, v) * (sigma_data * y_target - v)
+  curvature = expand(scale, x_t) * x_t + sigma_data * dy
+  g = jax.lax.stop_gradient(velocity_error - warmup * curvature)
   length = jnp.sqrt(sum_features(g**2))
   if normaliser is not None:
     g = g / (expand(length, g) + normaliser)
-  loss = sum_features((y - still - g) ** 2) / (y.size / len(y))
+  loss = sum_features((y - y_target - g) ** 2) / (y.size / len(y))
   if f.network.log_weight is not None:
     w = f.network.log_weight(nets.online, t)
     loss = jnp.exp(w) * loss - w
-  return LossOut(loss, {'t': sigma_data * jnp.tan(t), 'tangent': length})
+  return LossOut(loss, {'sigma': sigma_data * jnp.tan(t), 'tangent': length})
 
 
-def _at_angles(
-  f: Model,
-  times: Times,
-  warmup: Schedule,
-  normaliser: float,
-  field_of: Callable[[TrigFlow, Nets, Batch, Array], Field],
-) -> Loss:
+def _trigflow(f: Model) -> TrigFlow:
   if not isinstance(f, TrigFlow):
-    raise ValueError('needs config.precond.fn=cmjax.precond:trigflow')
+    raise ValueError(f'needs a model of precond.trigflow, got {type(f).__name__}')
+  return f
+
+
+def _scm(
+  f: TrigFlow, field: BatchField, times: Times, warmup: Schedule, normaliser: float
+) -> Loss:
+  """`scm_loss` with random noise levels and noise."""
   checks.positive(normaliser=normaliser)
 
   def loss(nets, batch, step, keys):
-    levels = times(keys['time'], len(batch.x0))
-    z = jax.random.normal(keys['noise'], batch.x0.shape)
-    x_t, t = change_clock(VE, f.process, point(VE, batch.x0, z, levels), levels)
-    return simplified(
+    sigma = times(keys['time'], len(batch.x0))
+    z = draw_noise(keys, batch)
+    x_t, t = change_process(VE, f.process, perturb(VE, batch.x0, z, sigma), sigma)
+    return scm_loss(
       f,
       nets,
-      field_of(f, nets, batch, z),
-      x_t,
-      t,
-      batch.cond,
-      keys['dropout'],
-      share=warmup(step),
+      field(nets, batch, z),
+      Noisy(x_t, t, batch.cond, keys['dropout']),
+      warmup=warmup(step),
       normaliser=normaliser,
     )
 
@@ -114,20 +118,17 @@ def _at_angles(
 
 
 def sct(f: Model, *, times: Times, warmup: Schedule, normaliser: float = 0.1) -> Loss:
-  """Simplified consistency training, from data alone.
+  """Simplified consistency training (sCT).
 
-  `times` draws noise levels, which are turned into angles; `warmup` goes from 0 to 1.
-  A network with `log_weight` learns its weighting.
+  `times` draws noise levels sigma, which are converted to angles. `warmup` rises from 0
+  to 1. If the network has a `log_weight`, the weighting is learned.
 
-  Raises: ValueError unless f is a `precond.trigflow` and the normaliser is positive.
+  Raises: ValueError unless f is a `precond.trigflow` and normaliser > 0.
 
   Source: Lu & Song 2024 (sCM), algorithm 1 (sCT), normaliser 0.1.
   """
-
-  def own_path(f, nets, batch, z):
-    return conditional(f.process, batch.x0, z)
-
-  return _at_angles(f, times, warmup, normaliser, own_path)
+  f = _trigflow(f)
+  return _scm(f, conditional_field(f.process), times, warmup, normaliser)
 
 
 def scd(
@@ -139,18 +140,15 @@ def scd(
   normaliser: float = 0.1,
   guidance: float = 1.0,
 ) -> Loss:
-  """Simplified consistency distillation: along the ODE of a teacher, of any process.
+  """Simplified consistency distillation (sCD), of a teacher of any process.
 
-  Raises: ValueError unless f is a `precond.trigflow` and the normaliser is positive, or
-    for guidance of a model without labels.
+  Other arguments are those of `sct`.
+
+  Raises: ValueError unless f is a `precond.trigflow` and normaliser > 0, or if guidance
+    is not 1 and there are no labels.
 
   Source: Lu & Song 2024 (sCM), algorithm 1 (sCD).
   """
-  checks.finite(guidance=guidance)
-
-  def teacher_flow(f, nets, batch, z):
-    return probability_flow(
-      f.process, teacher_denoiser(teacher, nets.teacher, batch.cond, guidance)
-    )
-
-  return _at_angles(f, times, warmup, normaliser, teacher_flow)
+  f = _trigflow(f)
+  field = teacher_field(f.process, teacher, guidance)
+  return _scm(f, field, times, warmup, normaliser)

@@ -1,4 +1,4 @@
-"""Names of EDM, EDM2 and ECT -> ours.
+"""Pickled networks of EDM, EDM2 and ECT: their names -> ours.
 
 Source: NVlabs/edm `networks.py`, NVlabs/edm2 `networks_edm2.py`, locuslab/ect.
 """
@@ -11,8 +11,8 @@ from cmjax.core import LOG_WEIGHT, UserError
 from cmjax.port import names
 from cmjax.port.pickles import Module
 
-# Constructor arguments that only matter in training, or to what we choose ourselves.
-_IDLE = {
+# Constructor arguments that do not change the function, or only in training.
+_IGNORED = {
   'use_fp16',
   'sigma_min',
   'sigma_max',
@@ -20,11 +20,11 @@ _IDLE = {
   'label_dropout',
   'dropout_res',
 }
-_FORMS = {'EDMPrecond': 'edm', 'ECMPrecond': 'consistency', 'Precond': 'edm'}
+_PRECONDS = {'EDMPrecond': 'edm', 'ECMPrecond': 'consistency', 'Precond': 'edm'}
 
 
-def _find(prefix: str, adm: bool) -> names.Find:
-  def find(address):
+def _locator(prefix: str, adm: bool) -> names.Locate:
+  def locate(address):
     first, *rest = address
     layout = names.sines_first if adm and first == 'map_layer0' else names.from_torch
     if first == LOG_WEIGHT:
@@ -41,34 +41,37 @@ def _find(prefix: str, adm: bool) -> names.Find:
     parts = [prefix, first, *(names.LEAVES.get(part, part) for part in rest)]
     return '.'.join(parts), layout
 
-  return find
+  return locate
 
 
 def plan(module: Module, path: str | Path) -> names.Plan:
-  """A network of one of the three, as its pickle says it was made."""
-  if module.class_name not in _FORMS:
-    known = ', '.join(_FORMS)
-    name = names.shown(module.class_name).strip("'") or 'module without a class'
-    raise UserError(f'{path}: holds a {name}; known are {known}')
-  said = _Arguments(module.arguments, f'{path}: its {module.class_name}')
-  size, channels = said.take('img_resolution', 0), said.take('img_channels', 0)
+  """The plan of a network of EDM, EDM2 or ECT from its constructor arguments.
+
+  Raises: UserError naming a class or an argument that is not supported.
+  """
+  if module.class_name not in _PRECONDS:
+    supported = ', '.join(_PRECONDS)
+    name = names.short_repr(module.class_name).strip("'") or 'module without a class'
+    raise UserError(f'{path}: contains a {name}; supported are {supported}')
+  arguments = _Arguments(module.arguments, f'{path}: {module.class_name}')
+  size, channels = arguments.pop('img_resolution', 0), arguments.pop('img_channels', 0)
   precond = {
-    'fn': f'cmjax.precond:{_FORMS[module.class_name]}',
-    'sigma_data': float(said.take('sigma_data', 0.5)),
+    'fn': f'cmjax.precond:{_PRECONDS[module.class_name]}',
+    'sigma_data': float(arguments.pop('sigma_data', 0.5)),
   }
   if module.class_name == 'ECMPrecond':
-    precond['sigma_min'] = float(said.take('sigma_min', 0.003))
-  classes = said.take('label_dim', 0)
+    precond['sigma_min'] = float(arguments.pop('sigma_min', 0.003))
+  classes = arguments.pop('label_dim', 0)
   if module.class_name == 'Precond':
-    network, origin, prefix = _edm2_network(said), 'NVlabs/edm2', 'unet'
-    network['log_weight'] = 'logvar_linear.weight' in module.tensors  # not in ECT's
+    network, origin, prefix = _edm2_network(arguments), 'NVlabs/edm2', 'unet'
+    network['log_weight'] = 'logvar_linear.weight' in module.tensors  # ECT's have none
   else:
     origin = 'locuslab/ect' if 'sigma_min' in precond else 'NVlabs/edm'
     prefix = 'model'
     networks = {'SongUNet': _song_network, 'DhariwalUNet': _adm_network}
-    kind = said.take('model_type', 'DhariwalUNet', among=networks)
-    network = networks[kind](said)
-  said.check_all_taken()
+    kind = arguments.pop('model_type', 'DhariwalUNet', choices=networks)
+    network = networks[kind](arguments)
+  arguments.check_empty()
   return names.Plan(
     origin=origin,
     network=network,
@@ -76,39 +79,41 @@ def plan(module: Module, path: str | Path) -> names.Plan:
     shape=names.shape_of((size, size, channels), str(path)),
     classes=names.classes_of(classes, str(path)),
     tensors=dict(module.tensors),
-    find=_find(prefix, network['fn'].endswith(':adm')),
+    locate=_locator(prefix, network['fn'].endswith(':adm')),
     computed=r'\.resample_filter$',
   )
 
 
 class _Arguments:
-  """What a constructor was called with, to be taken one by one."""
+  """The arguments of a constructor, each of which must be read or ignored."""
 
   def __init__(self, arguments: Mapping[str, Any], where: str):
     self._left = dict(arguments)
     self._where = where
 
-  def take(self, name: str, default: Any, among: Any = None) -> Any:
-    """The argument, which has the type of its default, or is among those given."""
+  def pop(self, name: str, default: Any, *, choices: Any = None) -> Any:
+    """Removes and returns an argument; a missing one has its default.
+
+    Raises: UserError if it has not the type of the default, or is not in `choices`.
+    """
     value = self._left.pop(name, default)
     value = tuple(value) if isinstance(value, list) else value
-    alike = _is_alike(value, default) or (value is None and None in (among or ()))
-    if not alike or (among is not None and value not in among):
+    valid = _has_type_of(value, default) or (value is None and None in (choices or ()))
+    if not valid or (choices is not None and value not in choices):
       raise UserError(
-        f'{self._where} has {name}={names.shown(value)}, which is not here'
+        f'{self._where} has {name}={names.short_repr(value)}, which is not supported'
       )
     return value
 
-  def check_all_taken(self) -> None:
-    for name in sorted(set(self._left) - _IDLE):
-      value = names.shown(self._left[name])
-      raise UserError(
-        f'{self._where} has {names.shown(name)[1:-1]}={value}, which is not known here'
-      )
+  def check_empty(self) -> None:
+    """Raises UserError if an argument is left that is not to be ignored."""
+    for name in sorted(set(self._left) - _IGNORED):
+      argument = f'{names.short_repr(name)[1:-1]}={names.short_repr(self._left[name])}'
+      raise UserError(f'{self._where} has {argument}, which is not supported')
 
 
-def _is_alike(value: Any, default: Any) -> bool:
-  """Whether a value has the default's type, and is of a size to be compared."""
+def _has_type_of(value: Any, default: Any) -> bool:
+  """Whether a value has the type of the default, and a bounded size."""
   if type(default) is tuple:
     return (
       type(value) is tuple and len(value) <= 64 and all(type(n) is int for n in value)
@@ -118,57 +123,60 @@ def _is_alike(value: Any, default: Any) -> bool:
   return type(value) is type(default)
 
 
-def _song_network(said: _Arguments) -> dict[str, Any]:
-  embedding = said.take('embedding_type', 'positional', ('positional', 'fourier'))
-  said.take('decoder_type', 'standard', among=('standard',))
-  said.take('channel_mult_emb', 4, among=(4,))
-  said.take('channel_mult_noise', 1, among=(2 if embedding == 'fourier' else 1,))
-  encoder = said.take('encoder_type', 'standard', among=('standard', 'residual'))
+def _song_network(arguments: _Arguments) -> dict[str, Any]:
+  embedding = arguments.pop(
+    'embedding_type', 'positional', choices=('positional', 'fourier')
+  )
+  # The next three are popped to refuse any other value.
+  arguments.pop('decoder_type', 'standard', choices=('standard',))
+  arguments.pop('channel_mult_emb', 4, choices=(4,))
+  arguments.pop('channel_mult_noise', 1, choices=(2 if embedding == 'fourier' else 1,))
+  encoder = arguments.pop('encoder_type', 'standard', choices=('standard', 'residual'))
   return dict(
     fn='cmjax.networks.songunet:songunet',
-    channels=said.take('model_channels', 128),
-    channel_mult=said.take('channel_mult', (1, 2, 2, 2)),
-    blocks=said.take('num_blocks', 4),
-    attention=said.take('attn_resolutions', (16,)),
+    channels=arguments.pop('model_channels', 128),
+    channel_mult=arguments.pop('channel_mult', (1, 2, 2, 2)),
+    num_blocks=arguments.pop('num_blocks', 4),
+    attention_resolutions=arguments.pop('attn_resolutions', (16,)),
     embedding=embedding,
     residual_input=encoder == 'residual',
-    taps=said.take('resample_filter', (1, 1)),
-    augment=said.take('augment_dim', 0),
+    taps=arguments.pop('resample_filter', (1, 1)),
+    augment=arguments.pop('augment_dim', 0),
     noise_scale=1.0,
   )
 
 
-def _adm_network(said: _Arguments) -> dict[str, Any]:
-  said.take('channel_mult_emb', 4, among=(4,))
-  said.take('augment_dim', 0, among=(0,))
+def _adm_network(arguments: _Arguments) -> dict[str, Any]:
+  arguments.pop('channel_mult_emb', 4, choices=(4,))
+  arguments.pop('augment_dim', 0, choices=(0,))
   return dict(
     fn='cmjax.networks.adm:adm',
-    channels=said.take('model_channels', 192),
-    channel_mult=said.take('channel_mult', (1, 2, 3, 4)),
-    blocks=said.take('num_blocks', 3),
-    attention=said.take('attn_resolutions', (32, 16, 8)),
+    channels=arguments.pop('model_channels', 192),
+    channel_mult=arguments.pop('channel_mult', (1, 2, 3, 4)),
+    num_blocks=arguments.pop('num_blocks', 3),
+    attention_resolutions=arguments.pop('attn_resolutions', (32, 16, 8)),
     noise_scale=1.0,
   )
 
 
-def _edm2_network(said: _Arguments) -> dict[str, Any]:
-  mults = said.take('channel_mult', (1, 2, 3, 4)) or (0,)
-  said.take('channel_mult_noise', mults[0], among=(None, mults[0]))
-  said.take('channel_mult_emb', max(mults), among=(None, max(mults)))
-  said.take('label_balance', 0.5, among=(0.5,))
-  said.take('concat_balance', 0.5, among=(0.5,))
-  said.take('logvar_channels', 128, among=(128,))
-  said.take('resample_filter', (1, 1), among=((1, 1),))
-  balance = said.take('res_balance', 0.3)
-  said.take('attn_balance', 0.3, among=(balance,))
+def _edm2_network(arguments: _Arguments) -> dict[str, Any]:
+  mults = arguments.pop('channel_mult', (1, 2, 3, 4)) or (0,)
+  arguments.pop('channel_mult_noise', mults[0], choices=(None, mults[0]))
+  arguments.pop('channel_mult_emb', max(mults), choices=(None, max(mults)))
+  arguments.pop('label_balance', 0.5, choices=(0.5,))
+  arguments.pop('concat_balance', 0.5, choices=(0.5,))
+  arguments.pop('logvar_channels', 128, choices=(128,))
+  arguments.pop('resample_filter', (1, 1), choices=((1, 1),))
+  balance = arguments.pop('res_balance', 0.3)
+  arguments.pop('attn_balance', 0.3, choices=(balance,))
   return dict(
     fn='cmjax.networks.edm2:edm2',
-    channels=said.take('model_channels', 192),
+    channels=arguments.pop('model_channels', 192),
     channel_mult=mults,
-    blocks=said.take('num_blocks', 3),
-    attention=said.take('attn_resolutions', (16, 8)),
-    head_channels=said.take('channels_per_head', 64),
+    num_blocks=arguments.pop('num_blocks', 3),
+    attention_resolutions=arguments.pop('attn_resolutions', (16, 8)),
+    head_channels=arguments.pop('channels_per_head', 64),
     balance=balance,
-    clip=float(said.take('clip_act', 256.0)),
+    clip=float(arguments.pop('clip_act', 256.0)),
     noise_scale=1.0,
   )

@@ -1,7 +1,7 @@
-"""Which network a released file holds, and where in it each of our parameters is.
+"""How the parameters of a network map to the tensors of a file.
 
-`assemble` follows a `Plan` to the letter: a tensor that is missing, has another shape,
-or is left over is named in the error.
+`assemble` carries out a `Plan` and names tensors that are missing, unused, or of
+another shape.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,69 +14,69 @@ import numpy as np
 
 from cmjax.core import Params, UserError
 
-Address = tuple[str, ...]  # of one of our parameters: ('enc_32x32_conv', 'kernel')
+Address = tuple[str, ...]  # path of a parameter: ('enc_32x32_conv', 'kernel')
 Tensors = dict[str, np.ndarray]
 Layout = Callable[[np.ndarray], np.ndarray]
-Find = Callable[[Address], tuple[str, Layout]]  # a parameter here -> its name there
+# The tensor of the file that a parameter comes from, and how to transpose it.
+Locate = Callable[[Address], tuple[str, Layout]]
 
-
-MOST_PIXELS = 2**14  # on a side of an image, and features of a point
-MOST_CLASSES = 10**6
+MAX_PIXELS = 2**14  # on a side of an image, and features of a point
+MAX_CLASSES = 10**6
 
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
 
 
-def shown(value: Any) -> str:
-  """A value out of a file as an error repeats it: in one short line."""
+def short_repr(value: Any) -> str:
+  """The repr of a value from a file, cut to one line of at most 120 characters."""
   return ' '.join(_SHORT.repr(value).split())[:120]
 
 
 def shape_of(value: Any, where: str) -> tuple[int, ...]:
   """The shape of one example, [H, W, C] or [C].
 
-  Raises: UserError unless it is one or three whole numbers of a size that images have.
+  Raises: UserError unless it is 1 or 3 whole numbers in [1, MAX_PIXELS].
   """
-  known = isinstance(value, list | tuple) and len(value) in (1, 3)
-  if not known or not all(type(n) is int and 0 < n <= MOST_PIXELS for n in value):
+  valid = isinstance(value, list | tuple) and len(value) in (1, 3)
+  if not valid or not all(type(n) is int and 0 < n <= MAX_PIXELS for n in value):
     raise UserError(
-      f'{where}: the shape must be 1 or 3 whole numbers in [1, {MOST_PIXELS}], got '
-      f'{shown(value)}'
+      f'{where}: the shape must be 1 or 3 whole numbers in [1, {MAX_PIXELS}], got '
+      f'{short_repr(value)}'
     )
   return tuple(value)
 
 
 def classes_of(value: Any, where: str) -> int:
-  """The number of labels; raises UserError unless it is a whole number in range."""
-  if type(value) is not int or not 0 <= value <= MOST_CLASSES:
+  """The number of classes; raises UserError unless in [0, MAX_CLASSES]."""
+  if type(value) is not int or not 0 <= value <= MAX_CLASSES:
     raise UserError(
-      f'{where}: the number of classes must be in [0, {MOST_CLASSES}], got '
-      f'{shown(value)}'
+      f'{where}: the number of classes must be in [0, {MAX_CLASSES}], got '
+      f'{short_repr(value)}'
     )
   return value
 
 
 class Plan(NamedTuple):
-  """Which model a file holds, as config parts, and how to read its parameters."""
+  """The model a file holds, as parts of a config, and how to read its parameters."""
 
   origin: str  # whose format it is
   network: dict[str, Any]
   precond: dict[str, Any]
-  shape: tuple[int, int, int]  # H, W, C
+  shape: tuple[int, ...]  # of one example: (H, W, C) or (C,)
   classes: int  # 0: unconditional
-  tensors: Tensors  # under the file's own names
-  find: Find
-  computed: str = '^$'  # pattern of tensors that our network computes itself
+  tensors: Tensors  # by their names in the file
+  locate: Locate
+  computed: str = '^$'  # pattern of tensors that our network computes
 
 
 def assemble(plan: Plan, like: Params, path: str | Path) -> tuple[Params, list[str]]:
-  """Our parameters as numpy arrays in the shapes of `like`, and the names left over.
+  """Parameters as numpy arrays with the shapes of `like`, and names of unused tensors.
 
-  The plan's tensors are used up on the way, so that each is held only once.
+  Removes the tensors it uses from the plan, so that each is in memory only once.
 
-  Raises: UserError naming the first parameter that is missing, of another shape, or
-    not finite.
+  Raises: UserError naming the first tensor that is missing, of another shape, or not
+    finite.
   """
 
   def walk(tree, address):
@@ -84,35 +84,39 @@ def assemble(plan: Plan, like: Params, path: str | Path) -> tuple[Params, list[s
       return {key: walk(tree[key], (*address, key)) for key in tree}
     ours = '/'.join(address)
     try:
-      name, layout = plan.find(address)
+      name, layout = plan.locate(address)
     except (KeyError, ValueError) as error:
-      raise UserError(f'{path} has no parameter {ours}; another network?') from error
-    if name not in plan.tensors:
-      raise UserError(f'{path} has no {name}, which parameter {ours} needs')
-    theirs = plan.tensors.pop(name)
-    try:
-      found = layout(theirs)
-    except ValueError:  # of another number of axes, or not in thirds
-      found = theirs
-    if found.shape != tree.shape:
       raise UserError(
-        f'{path}: {name} has shape {shown(found.shape)} where parameter {ours} needs '
-        f'{tree.shape}; it is of another network'
+        f'{path}: has no parameter {ours}; is it of another network?'
+      ) from error
+    if name not in plan.tensors:
+      raise UserError(f'{path}: has no tensor {name} for the parameter {ours}')
+    tensor = plan.tensors.pop(name)
+    try:
+      array = layout(tensor)
+    except ValueError:  # another number of axes, or not divisible into q, k and v
+      array = tensor
+    if array.shape != tree.shape:
+      raise UserError(
+        f'{path}: {name} has shape {short_repr(array.shape)}, but the parameter {ours} '
+        f'has {tree.shape}; it is of another network'
       )
-    found = np.asarray(found, tree.dtype, order='C')
-    if not np.isfinite(found).all():
-      raise UserError(f'{path}: {name} is not finite; the file is damaged')
-    return found
+    array = np.asarray(array, tree.dtype, order='C')
+    if not np.isfinite(array).all():
+      raise UserError(
+        f'{path}: {name} has values that are not finite; download it again'
+      )
+    return array
 
   params = walk(like, ())
-  over = (name for name in plan.tensors if not re.search(plan.computed, name))
-  return params, sorted(over)
+  unused = (name for name in plan.tensors if not re.search(plan.computed, name))
+  return params, sorted(unused)
 
 
-def own(
+def native_plan(
   tensors: Tensors, meta: Mapping[str, Any], network: dict, precond: dict
 ) -> Plan:
-  """The plan of a file of ours: names and layouts are ours already."""
+  """The plan of a file that cmjax wrote: no name or layout differs."""
   return Plan(
     origin=meta['origin'],
     network=network,
@@ -120,15 +124,15 @@ def own(
     shape=tuple(meta['shape']),
     classes=meta['classes'],
     tensors=tensors,
-    find=lambda address: ('/'.join(address), as_is),
+    locate=lambda address: ('/'.join(address), as_is),
   )
 
 
-LEAVES = {'kernel': 'weight', 'scale': 'weight'}  # of flax, and of torch
+LEAVES = {'kernel': 'weight', 'scale': 'weight'}  # names of flax -> of torch
 
 
 def as_is(a: np.ndarray) -> np.ndarray:
-  """The layout of what is laid out as here."""
+  """The same layout."""
   return a
 
 
@@ -138,11 +142,11 @@ def from_torch(a: np.ndarray) -> np.ndarray:
 
 
 def sines_first(a: np.ndarray) -> np.ndarray:
-  """The first dense layer of ADM, which meets cosines first there and last here."""
+  """The first dense layer of ADM, whose inputs have cosines first in the file."""
   return np.roll(from_torch(a), a.shape[-1] // 2, axis=0) if a.ndim > 1 else a
 
 
-def alternating(a: np.ndarray) -> np.ndarray:
-  """Output channels all q, all k, all v -> q, k, v, q, k, v, ... on the last axis."""
+def interleaved(a: np.ndarray) -> np.ndarray:
+  """Channels [q..., k..., v...] -> [q, k, v, q, k, v, ...] on the last axis."""
   thirds = np.reshape(a, (*a.shape[:-1], 3, -1))
   return np.reshape(np.swapaxes(thirds, -1, -2), a.shape)

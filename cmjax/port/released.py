@@ -1,4 +1,4 @@
-"""Which of the released kinds a file is: EDM, EDM2, ECT or OpenAI."""
+"""Recognises released checkpoints of EDM, EDM2, ECT and OpenAI."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,15 +9,15 @@ from cmjax.port import edm, names, openai, pickles, read
 
 
 def plan(file: read.File, path: str | Path, form: str = '') -> names.Plan:
-  """Recognises a file of EDM, EDM2, ECT or OpenAI by what it holds.
+  """The plan of a checkpoint of EDM, EDM2, ECT or OpenAI, recognised by its contents.
 
   Args:
-    file: as `port.read.read` gives it.
-    path: names the file in errors; of OpenAI's files it also says the form.
-    form: 'denoiser' or 'consistency', for OpenAI's, which do not say it; if empty, the
-      path must hold edm, cd or ct as a word, as those that were released do.
+    file: the result of `read.read`.
+    path: of the file, for errors, and for the form of OpenAI's checkpoints.
+    form: 'denoiser' or 'consistency', for OpenAI's checkpoints, which do not store it;
+      if empty, the path must contain edm, cd or ct as a word, as released paths do.
 
-  Raises: UserError if it is of no known kind, or of a network that is not here.
+  Raises: UserError if the format or the network is not supported.
   """
   content = file.content
   if not isinstance(content, pickles.Module | Mapping):
@@ -31,7 +31,7 @@ def plan(file: read.File, path: str | Path, form: str = '') -> names.Plan:
     return openai.plan_jax(_flat(content['params_ema'], '/', path), path, form)
   if 'time_embed.0.weight' in content:
     return openai.plan_torch(_flat(content, '.', path), path, form)
-  raise _unknown(path, ', '.join(names.shown(name) for name in list(content)[:5]))
+  raise _unknown(path, ', '.join(names.short_repr(name) for name in list(content)[:5]))
 
 
 def _flat(content: Any, separator: str, path: str | Path) -> names.Tensors:
@@ -39,12 +39,12 @@ def _flat(content: Any, separator: str, path: str | Path) -> names.Tensors:
     return read.tensors(content, separator)
   except ValueError as error:
     raise UserError(
-      f'{path}: damaged or not a checkpoint ({read.one_line(error)})'
+      f'{path}: damaged or not a checkpoint ({read.printable(error)})'
     ) from error
 
 
-def _unknown(path: str | Path, holds: str) -> UserError:
+def _unknown(path: str | Path, contents: str) -> UserError:
   return UserError(
-    f'{path}: not a checkpoint of EDM, EDM2, ECT, OpenAI or cmjax; it holds '
-    f'{holds or "nothing"}'
+    f'{path}: not a checkpoint of EDM, EDM2, ECT, OpenAI or cmjax; it contains '
+    f'{contents or "nothing"}'
   )

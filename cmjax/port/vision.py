@@ -1,4 +1,4 @@
-"""Released weights of the perceptual networks: their names and layouts -> ours."""
+"""Released weights of LPIPS and Inception: their names and layouts -> ours."""
 
 from collections.abc import Callable, Collection, Mapping
 import fnmatch
@@ -9,12 +9,12 @@ import jax
 import numpy as np
 
 from cmjax.core import Params, Perceptual, UserError, first_line
-from cmjax.networks import perceptual
+from cmjax.networks import inception, lpips
 from cmjax.port import names, read
 
 Tensors = Mapping[str, np.ndarray]
 
-# What the files hold beyond what is read from them.
+# Tensors of the files that are ignored.
 VGG16_UNUSED = ('classifier.*',)
 INCEPTION_UNUSED = ('*.num_batches_tracked', 'AuxLogits.*', 'fc.bias')
 
@@ -22,7 +22,7 @@ VGG16_FILE = 'vgg16-397923af.pth'
 HEADS_FILE = 'vgg.pth'
 INCEPTION_FILE = 'pt_inception-2015-12-05-6726825d.pth'
 
-# Where a released file is to be had, and how its SHA-256 begins.
+# Where to download each file, and the first digits of its SHA-256.
 _RELEASES = {
   VGG16_FILE: ("torchvision's model zoo, download.pytorch.org/models", '397923af'),
   HEADS_FILE: ('the lpips package, lpips/weights/v0.1', ''),
@@ -39,13 +39,13 @@ _LEAVES = {
 _ORDER = {1: (0,), 2: (1, 0), 4: (2, 3, 1, 0)}  # OIHW -> HWIO
 
 
-def vgg16(tensors: Tensors) -> Params:
-  """The trunk of `lpips` from torchvision's names: features.0.weight, ...
+def vgg16_params(tensors: Tensors) -> Params:
+  """The parameters of VGG16 from torchvision's names: features.0.weight, ...
 
-  Raises: UserError naming every tensor that is missing, unread or of another shape.
+  Raises: UserError naming tensors that are missing, unknown or of another shape.
   """
   index, layers = 0, {}
-  for stage, (depth, _) in enumerate(perceptual.VGG16, start=1):
+  for stage, (depth, _) in enumerate(lpips.VGG16, start=1):
     for i in range(1, depth + 1):
       layers[f'conv{stage}_{i}'] = index
       index += 2  # a convolution and its ReLU
@@ -54,27 +54,27 @@ def vgg16(tensors: Tensors) -> Params:
   def rename(layer, leaf):
     return f'features.{layers[layer]}.{_LEAVES[leaf]}'
 
-  like = _shapes(perceptual.lpips_init)['vgg16']
+  like = _shapes(lpips.init)['vgg16']
   return _fill(like, tensors, rename, VGG16_UNUSED, 'VGG16')
 
 
-def lpips_heads(tensors: Tensors) -> Params:
+def heads_params(tensors: Tensors) -> Params:
   """The heads of `lpips` from the lpips package's names: lin0.model.1.weight, ...
 
-  Raises: UserError naming every tensor that is missing, unread or of another shape.
+  Raises: UserError naming tensors that are missing, unknown or of another shape.
   """
 
   def rename(stage):
     return f'lin{int(stage.removeprefix("stage")) - 1}.model.1.weight'
 
-  like = _shapes(perceptual.lpips_init)['heads']
+  like = _shapes(lpips.init)['heads']
   return _fill(like, tensors, rename, (), 'the heads of LPIPS')
 
 
-def inception(tensors: Tensors) -> Params:
+def inception_params(tensors: Tensors) -> Params:
   """The parameters of `inception` from pytorch-fid's names: Mixed_5b.branch1x1.conv...
 
-  Raises: UserError naming every tensor that is missing, unread or of another shape.
+  Raises: UserError naming tensors that are missing, unknown or of another shape.
   """
 
   def rename(*path):
@@ -83,39 +83,39 @@ def inception(tensors: Tensors) -> Params:
       layers.append('bn')
     return '.'.join([*layers, _LEAVES[leaf]])
 
-  like = _shapes(perceptual.inception_init)
+  like = _shapes(inception.init)
   return _fill(like, tensors, rename, INCEPTION_UNUSED, 'Inception')
 
 
 def load_lpips(vgg: str, heads: str) -> Perceptual:
   """The parameters of `lpips` from torchvision's VGG16 and the lpips package's heads.
 
-  Raises: UserError for a file that is absent, damaged, or does not hold the network.
+  Raises: UserError if a file is missing, damaged, or holds another network.
   """
-  trunk = vgg16(_content(vgg, VGG16_FILE))
-  heads_params = lpips_heads(_content(heads, HEADS_FILE))
-  return Perceptual({'vgg16': trunk, 'heads': heads_params})
+  vgg16 = vgg16_params(_load(vgg, VGG16_FILE))
+  return Perceptual({'vgg16': vgg16, 'heads': heads_params(_load(heads, HEADS_FILE))})
 
 
 def load_inception(path: str) -> Params:
   """The parameters of `inception` from pytorch-fid's file.
 
-  Raises: UserError for a file that is absent, damaged, or does not hold the network.
+  Raises: UserError if a file is missing, damaged, or holds another network.
   """
-  return inception(_content(path, INCEPTION_FILE))
+  return inception_params(_load(path, INCEPTION_FILE))
 
 
-def _content(path: str, name: str) -> Tensors:
+def _load(path: str, name: str) -> Tensors:
+  """The tensors of the file at `path`, which should be the release `name`."""
   source, checksum = _RELEASES[name]
   file = Path(path)
   if not file.is_file():
     raise UserError(f'{path}: no such file; download {name} from {source}')
-  if file.name == name:  # else it is the user's own, which may well differ
+  if file.name == name:  # a renamed file may have been changed on purpose
     with file.open('rb') as stream:
-      found = hashlib.file_digest(stream, 'sha256').hexdigest()
-    if not found.startswith(checksum):
+      digest = hashlib.file_digest(stream, 'sha256').hexdigest()
+    if not digest.startswith(checksum):
       raise UserError(
-        f'{path}: damaged, its SHA-256 begins with {found[:8]}; download {name} again '
+        f'{path}: damaged, its SHA-256 begins with {digest[:8]}; download {name} again '
         f'from {source}'
       )
   try:
@@ -125,7 +125,7 @@ def _content(path: str, name: str) -> Tensors:
   except ValueError as error:
     raise UserError(f'{path}: damaged ({first_line(error)})') from error
   if not tensors:
-    raise UserError(f'{path}: holds no tensors by name; download {name} from {source}')
+    raise UserError(f'{path}: contains no named tensors; download {name} from {source}')
   return tensors
 
 
@@ -133,9 +133,9 @@ def _shapes(init: Callable[..., Params]) -> Params:
   return jax.eval_shape(init, jax.random.key(0))
 
 
-def _listed(found: Collection[str]) -> str:
-  first = [names.shown(name)[1:-1] for name in sorted(found)[:40]]
-  more = len(found) - len(first)
+def _listed(tensor_names: Collection[str]) -> str:
+  first = [names.short_repr(name)[1:-1] for name in sorted(tensor_names)[:40]]
+  more = len(tensor_names) - len(first)
   return ', '.join(first) + (f' and {more} more' if more else '')
 
 
@@ -146,27 +146,27 @@ def _fill(
   unused: tuple[str, ...],
   network: str,
 ) -> Params:
-  """The tree `like` with tensors for leaves, as rename(*path of a leaf) names them."""
-  wanted = {
+  """Fills the tree `like`; rename(*path) is the name of the tensor of a leaf."""
+  name_of = {
     path: rename(*(key.key for key in path))
     for path, _ in jax.tree_util.tree_leaves_with_path(like)
   }
-  missing = wanted.values() - tensors.keys()
+  missing = name_of.values() - tensors.keys()
   if missing:
     raise UserError(f'{network}: missing tensors: {_listed(missing)}')
-  unread = tensors.keys() - wanted.values()
-  unread = {n for n in unread if not any(fnmatch.fnmatch(n, u) for u in unused)}
-  if unread:
-    raise UserError(f'{network}: tensors that nothing reads: {_listed(unread)}')
+  unknown = tensors.keys() - name_of.values()
+  unknown = {n for n in unknown if not any(fnmatch.fnmatch(n, u) for u in unused)}
+  if unknown:
+    raise UserError(f'{network}: unknown tensors: {_listed(unknown)}')
 
   def fill(path, leaf):
-    theirs = np.asarray(tensors[wanted[path]])
-    order = _ORDER.get(theirs.ndim, ())
-    if tuple(theirs.shape[i] for i in order) != leaf.shape:
+    tensor = np.asarray(tensors[name_of[path]])
+    order = _ORDER.get(tensor.ndim, ())
+    if tuple(tensor.shape[i] for i in order) != leaf.shape:
       raise UserError(
-        f'{network}: {wanted[path]} has the shape {names.shown(theirs.shape)}; '
-        'another network?'
+        f'{network}: {name_of[path]} has the shape {names.short_repr(tensor.shape)}; '
+        'is the file of another network?'
       )
-    return np.ascontiguousarray(np.transpose(theirs, order))
+    return np.ascontiguousarray(np.transpose(tensor, order))
 
   return jax.tree_util.tree_map_with_path(fill, like)

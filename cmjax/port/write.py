@@ -1,4 +1,4 @@
-"""Our weights as safetensors: flat names, and a config beside them in one file."""
+"""Writes weights and their config as one safetensors file, and checks its metadata."""
 
 from collections.abc import Mapping
 import json
@@ -14,17 +14,17 @@ from safetensors.numpy import save_file
 from cmjax.core import Params, UserError, first_line, unused
 from cmjax.port import names, read
 
-MARK = 'cmjax'  # the metadata entry that says what the weights are of
-MOST_CONFIG = 2**18  # letters, of a config and of all that is beside it
-MOST_DEPTH = 32  # of parts within parts
-MOST_STEP = 2**53
-MOST_ORIGIN = 200  # letters
+MARK = 'cmjax'  # the key of the metadata that describes the model
+MAX_CONFIG = 2**18  # letters of a config, and of all metadata
+MAX_DEPTH = 32  # of nested parts
+MAX_STEP = 2**53
+MAX_ORIGIN = 200  # letters
 
 
 def safetensors(path: Path, params: Params, meta: Mapping[str, Any]) -> None:
-  """Writes parameters, under names such as `enc_32x32_conv/kernel`, and their meta.
+  """Writes parameters, with names such as `enc_32x32_conv/kernel`, and their metadata.
 
-  The file is there as a whole or not at all, and nothing is left beside it.
+  Atomic: a failed write leaves no file.
 
   Raises: UserError if the file exists, or cannot be written.
   """
@@ -34,60 +34,65 @@ def safetensors(path: Path, params: Params, meta: Mapping[str, Any]) -> None:
     new = unused(path, '.new')
     new.touch(exist_ok=False)
     try:
-      rights = new.stat().st_mode  # of any new file; `save_file` makes it private
+      mode = new.stat().st_mode  # as for any new file; `save_file` makes it private
       save_file(flat, new, {MARK: json.dumps(dict(meta))})
-      new.chmod(rights)
+      new.chmod(mode)
       _move(new, path)
     finally:
       new.unlink(missing_ok=True)
   except (OSError, SafetensorError) as error:
-    why = getattr(error, 'strerror', None) or first_line(error)
-    raise UserError(f'{path}: cannot be written ({why})') from error
+    reason = getattr(error, 'strerror', None) or first_line(error)
+    raise UserError(f'{path}: cannot be written ({reason})') from error
 
 
 def _move(new: Path, path: Path) -> None:
-  """Gives a whole file its name at once, which no other file may have."""
+  """Renames a file atomically; raises UserError if the path exists."""
   try:
     os.link(new, path)
   except FileExistsError as error:
-    raise UserError(f'{path}: exists already; give another place') from error
+    raise UserError(f'{path}: exists already; give another path') from error
   except OSError:  # a file system without links
     if path.exists():
-      raise UserError(f'{path}: exists already; give another place') from None
+      raise UserError(f'{path}: exists already; give another path') from None
     new.replace(path)
 
 
 def read_meta(metadata: Mapping[str, str], path: str | Path) -> dict[str, Any]:
-  """What `safetensors` wrote beside the parameters, as of `checked_meta`.
+  """The metadata that `safetensors` wrote, checked by `checked_meta`.
 
-  Raises: UserError if it is not what that writes.
+  Raises: UserError if it is missing or invalid.
   """
-  return checked_meta(_loads(metadata.get(MARK), f'{path}: its entry {MARK!r}'), path)
+  return checked_meta(_loads(metadata.get(MARK), f'{path}: the entry {MARK!r}'), path)
 
 
 def checked_meta(meta: Any, path: str | Path) -> dict[str, Any]:
-  """What weights say they are of, once it is what cmjax writes; nothing is built.
+  """Checks the metadata of untrusted weights, without building anything.
 
   {'config': JSON of a dict with dicts `network` and `precond`, 'shape': (H, W, C) or
-  (C,), 'classes': int, 'step': int, 'origin': str, 'data': dict}; `step` is 0, `origin`
-  'cmjax' and `data` None where they are missing, and other entries drop.
+  (C,), 'classes': int, 'step': int, 'origin': str, 'data': dict}; defaults are
+  step 0, origin 'cmjax' and data None. Other entries are dropped.
 
-  Raises: UserError naming the first entry that is missing or of another kind.
+  Raises: UserError naming the first entry that is missing or invalid.
   """
-  where = f'{path}: its entry {MARK!r}'
+  where = f'{path}: the entry {MARK!r}'
   for key in ('config', 'shape', 'classes'):
     if not isinstance(meta, Mapping) or key not in meta:
-      raise UserError(f'{where} is not what cmjax writes; it has no {key}')
+      raise UserError(f'{where} is invalid: it has no {key}')
   parts = _loads(meta['config'], f'{where}: the config')
   for name in ('network', 'precond'):
     if not isinstance(parts, dict) or not isinstance(parts.get(name), dict):
       raise UserError(f'{where}: the config has no {name}')
   _check_depth(parts, where)
   step, origin = meta.get('step', 0), meta.get('origin', 'cmjax')
-  if type(step) is not int or not 0 <= step <= MOST_STEP:
-    raise UserError(f'{where}: the step must be in [0, 2**53], got {names.shown(step)}')
-  if type(origin) is not str or len(origin) > MOST_ORIGIN or not origin.isprintable():
-    raise UserError(f'{where}: the origin is no name, got {names.shown(origin)}')
+  if type(step) is not int or not 0 <= step <= MAX_STEP:
+    raise UserError(
+      f'{where}: step must be in [0, 2**53], got {names.short_repr(step)}'
+    )
+  if type(origin) is not str or len(origin) > MAX_ORIGIN or not origin.isprintable():
+    got = names.short_repr(origin)
+    raise UserError(
+      f'{where}: origin must be text of at most {MAX_ORIGIN} letters, got {got}'
+    )
   return {
     'config': meta['config'],
     'shape': names.shape_of(meta['shape'], where),
@@ -99,41 +104,39 @@ def checked_meta(meta: Any, path: str | Path) -> dict[str, Any]:
 
 
 def _checked_data(data: Any, where: str) -> dict[str, Any] | None:
-  """The name and the range of the data, if weights tell them."""
+  """The name and the range of the data, if the metadata has them."""
   if data is None:
     return None
   numbers = ('low', 'high', 'offset', 'scale')
   try:
-    found = {key: None if data[key] is None else float(data[key]) for key in numbers}
-    finite = all(value is None or math.isfinite(value) for value in found.values())
-    whole = finite and None not in (found['offset'], found['scale'])
-    if not whole or found['scale'] <= 0:
-      raise ValueError('a range that is none')
+    values = {key: None if data[key] is None else float(data[key]) for key in numbers}
+    finite = all(value is None or math.isfinite(value) for value in values.values())
+    offset, scale = values['offset'], values['scale']
+    if not finite or offset is None or scale is None or scale <= 0:
+      raise ValueError('an invalid range')
     name = data['name']
-    if type(name) is not str or len(name) > MOST_ORIGIN or not name.isprintable():
-      raise ValueError('a name that is none')
+    if type(name) is not str or len(name) > MAX_ORIGIN or not name.isprintable():
+      raise ValueError('an invalid name')
   except (KeyError, TypeError, ValueError, OverflowError) as error:
-    raise UserError(
-      f'{where}: data is not what cmjax writes ({first_line(error)[:80]})'
-    ) from error
-  return found | {'name': name}
+    raise UserError(f'{where}: data is invalid ({first_line(error)[:80]})') from error
+  return values | {'name': name}
 
 
 def _loads(text: Any, where: str) -> Any:
-  """JSON of a bounded length; raises UserError for anything else."""
+  """Parses JSON of a bounded length; raises UserError if invalid."""
   try:
-    if type(text) is not str or len(text) > MOST_CONFIG:
-      raise ValueError('no text, or too long')
+    if type(text) is not str or len(text) > MAX_CONFIG:
+      raise ValueError('missing or too long')
     return json.loads(text)
   except (ValueError, RecursionError) as error:
-    raise UserError(
-      f'{where} is not what cmjax writes ({first_line(error)[:80]})'
-    ) from error
+    raise UserError(f'{where} is invalid ({first_line(error)[:80]})') from error
 
 
 def _check_depth(value: Any, where: str, depth: int = 0) -> None:
-  if depth > MOST_DEPTH:
-    raise UserError(f'{where}: the config has more than {MOST_DEPTH} parts in parts')
+  if depth > MAX_DEPTH:
+    raise UserError(
+      f'{where}: the config has more than {MAX_DEPTH} levels of nested parts'
+    )
   parts = value.values() if isinstance(value, dict) else value
   if isinstance(value, dict | list):
     for part in parts:

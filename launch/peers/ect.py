@@ -1,7 +1,7 @@
-"""Their side of `bench_peers` for locuslab/ect: their network, loss and generator.
+"""The locuslab/ect side of `bench_peers`: its network, loss and generator.
 
-The order of a step is their `training_loop`'s, written anew: it has no entrance of its
-own, and needs DistributedDataParallel, statistics and a data loader, left out here.
+The step is written anew, in the order of its `training_loop`, which cannot be called
+without DistributedDataParallel, its statistics and its data loader.
 """
 
 import copy
@@ -15,13 +15,13 @@ from training.networks import ECMPrecond
 
 
 def build(task: dict[str, Any]) -> dict[str, Any]:
-  """What can be timed: each takes a number of calls and returns when they are done.
+  """The functions to time, which run a number of calls and wait, and facts.
 
-  Raises: RuntimeError where ours runs on a GPU that this PyTorch does not see.
+  Raises: RuntimeError if cmjax runs on a GPU and PyTorch finds none.
   """
   on_gpu = task['platform'] == 'gpu'
   if on_gpu and not torch.cuda.is_available():
-    raise RuntimeError(f'PyTorch {torch.__version__} sees no GPU, and ours runs on one')
+    raise RuntimeError(f'PyTorch {torch.__version__} finds no GPU, and cmjax uses one')
   device = torch.device('cuda' if on_gpu else 'cpu')
   flags = set(task['variant'].split('+'))
   memory = torch.channels_last if 'channels_last' in flags else torch.contiguous_format
@@ -29,7 +29,7 @@ def build(task: dict[str, Any]) -> dict[str, Any]:
   torch.set_num_threads(task['threads'])
   torch.backends.cudnn.benchmark = True
   torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
-  if not on_gpu:  # their loss keeps the dropout mask by the generator of a GPU
+  if not on_gpu:  # the loss repeats a dropout mask by the random state of a GPU
     torch.cuda.get_rng_state = torch.get_rng_state
     torch.cuda.set_rng_state = torch.set_rng_state
 
@@ -40,7 +40,7 @@ def build(task: dict[str, Any]) -> dict[str, Any]:
     use_fp16='float16' in flags,
     model_channels=task['channels'],
     channel_mult=[2, 2, 2],
-    num_blocks=task['blocks'],
+    num_blocks=task['num_blocks'],
     dropout=0.2,
   )
   if 'bfloat16' in flags:
@@ -72,8 +72,8 @@ def build(task: dict[str, Any]) -> dict[str, Any]:
         torch.nan_to_num_(p.grad, nan=0.0, posinf=1e5, neginf=-1e5)
       tx.step()
       with torch.no_grad():
-        for kept, live in zip(average.parameters(), net.parameters()):
-          kept.lerp_(live, 1e-4)
+        for ema, online in zip(average.parameters(), net.parameters()):
+          ema.lerp_(online, 1e-4)
     wait()
 
   def sample(calls):
@@ -92,13 +92,13 @@ def build(task: dict[str, Any]) -> dict[str, Any]:
 
 
 class _InAutocast(torch.nn.Module):
-  """Their network in bfloat16, with a float32 result, which its caller asserts."""
+  """The network in bfloat16, with the float32 output that its caller asserts."""
 
-  def __init__(self, inner, kind):
+  def __init__(self, inner, device_type):
     super().__init__()
-    self.inner, self.kind = inner, kind
+    self.inner, self.device_type = inner, device_type
 
   def forward(self, *arguments, **keywords):
-    with torch.autocast(self.kind, dtype=torch.bfloat16):
+    with torch.autocast(self.device_type, dtype=torch.bfloat16):
       out = self.inner(*arguments, **keywords)
     return out.to(torch.float32)

@@ -1,7 +1,7 @@
-"""Their side of `bench_peers` for openai/consistency_models_cifar10 ("jcm").
+"""The openai/consistency_models_cifar10 ("jcm") side of `bench_peers`.
 
-Their config, network, loss, optimiser and step, under pmap as they run it. The config
-asks for LPIPS, which neither side has here: both use the l2 distance.
+Its config, network, loss, optimiser and step, under pmap as it is run. Both sides use
+the l2 distance in place of the LPIPS of the config.
 """
 
 import functools
@@ -17,7 +17,7 @@ import numpy as np
 
 
 class _PRNGSequence:
-  """Keys without end, one at each `next`: haiku's, as far as their step asks."""
+  """The part of haiku's PRNGSequence that the step uses: a new key at each `next`."""
 
   def __init__(self, key):
     self.internal_state = key
@@ -27,19 +27,20 @@ class _PRNGSequence:
     return key
 
 
-def _stand_in(name: str, **has):
+def _substitute(name: str, **members: Any) -> None:
+  """Provides a module, if it is not installed."""
   if not importlib.util.find_spec(name):
     sys.modules[name] = types.ModuleType(name)
-    vars(sys.modules[name]).update(has)
+    vars(sys.modules[name]).update(members)
 
 
-# What the libraries of their time had and those of today lack.
+# Functions and defaults that current versions of its libraries no longer have.
 if not hasattr(jax, 'tree_map'):
   jax.tree_map = jax.tree_util.tree_map
 if hasattr(flax.config, 'flax_return_frozendict'):
   flax.config.update('flax_return_frozendict', True)
-_stand_in('haiku', PRNGSequence=_PRNGSequence)
-_stand_in('blobfile')  # for checkpoints, of which none is read
+_substitute('haiku', PRNGSequence=_PRNGSequence)
+_substitute('blobfile')  # for checkpoints; none is read
 
 from configs.cifar10_ve_ct_adaptive import get_config  # noqa: E402
 from jcm import losses, sde_lib  # noqa: E402
@@ -48,11 +49,11 @@ from jcm.models import utils as models  # noqa: E402
 
 
 def build(task: dict[str, Any]) -> dict[str, Any]:
-  """What can be timed: it takes a number of calls and returns when they are done."""
+  """The function to time, which runs a number of calls and waits, and facts."""
   config = get_config()
   config.training.loss_norm = 'l2'
   config.training.batch_size = task['batch']
-  config.model.nf, config.model.num_res_blocks = task['channels'], task['blocks']
+  config.model.nf, config.model.num_res_blocks = task['channels'], task['num_blocks']
   key, rng = jax.random.split(jax.random.PRNGKey(0))
   net, model_state, params = models.init_model(key, config)
   tx, optimize_fn = losses.get_optimizer(config)
@@ -69,7 +70,7 @@ def build(task: dict[str, Any]) -> dict[str, Any]:
   )
   loss_fn = losses.get_consistency_loss_fn(
     sde_lib.get_sde(config),
-    net,  # the teacher, which `dsm_target` leaves alone
+    net,  # the teacher, which is not used with `dsm_target`
     params,
     model_state,
     net,
@@ -106,10 +107,11 @@ def build(task: dict[str, Any]) -> dict[str, Any]:
 
   def steps(calls):
     nonlocal p_state, rng
+    metrics = None
     for _ in range(calls):
-      rng, now = jax.random.split(rng)
-      (_, p_state), told = p_step((now[None], p_state), next(batches))
-    jax.block_until_ready((p_state, told))
+      rng, step_rng = jax.random.split(rng)
+      (_, p_state), metrics = p_step((step_rng[None], p_state), next(batches))
+    jax.block_until_ready((p_state, metrics))
 
   return {
     'versions': {'jax': jax.__version__, 'flax': flax.__version__},

@@ -1,4 +1,4 @@
-"""Our side of `bench_peers`: what `cmjax --mode=train` does, and one-step sampling."""
+"""The cmjax side of `bench_peers`: a step of `--mode=train`, one-step sampling."""
 
 import itertools
 import os
@@ -8,35 +8,38 @@ from typing import Any
 import jax
 import numpy as np
 
-from cmjax import bench, evaluate, samplers, sharding, train
-from cmjax import config as configs
-from cmjax import run as runs
+from cmjax import samplers, train
+from cmjax.modes import bench, evaluate
+from cmjax.runtime import config_files, sharding
+from cmjax.runtime.config import ConfigDict
+from cmjax.runtime.run import prepare
+from cmjax.runtime.state import first_state, weights
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
 NETWORKS = {
   'ect': {},
-  # What jcm was published with, where our CT config has DDPM++.
+  # The NCSN++ of jcm; the CT config of cmjax has DDPM++.
   'jcm': {'embedding': 'fourier', 'residual_input': True, 'taps': (1, 3, 3, 1)},
 }
 
 
 def build(task: dict[str, Any]) -> dict[str, Any]:
-  """What can be timed: each takes a number of calls and returns when they are done."""
-  run = runs.prepare(_config(task), sharding.data_mesh(jax.devices()[:1]))
-  stepper = bench.Stepper(run, train.compiled_step(run), train.first_state(run))
-  sampler, at = samplers.one_step(), itertools.count()
+  """The functions to time, which run a number of calls and wait, and facts."""
+  run = prepare(_config(task), sharding.data_mesh(jax.devices()[:1]))
+  stepper = bench.Stepper(run, train.compiled_step(run), first_state(run))
+  sampler, step = samplers.one_step(), itertools.count()
 
   def steps(calls):
-    stepper.loop(calls, lambda _: train.batch(run, next(at)))
+    stepper.loop(calls, lambda _: train.batch(run, next(step)))
 
   def sample(calls):
-    params = train.weights(stepper.state, 'slow')
-    evaluate.draw(run, params, sampler, samples=calls * task['batch'], seed=1)
+    params = weights(stepper.state, 'slow')
+    evaluate.draw(run, params, sampler, num_samples=calls * task['batch'], seed=1)
 
   device = jax.devices()[0]
   return {
     'versions': {'jax': jax.__version__},
-    'xla_flags': os.environ.get('XLA_FLAGS', ''),  # with those of cmjax's own
+    'xla_flags': os.environ.get('XLA_FLAGS', ''),  # including those that cmjax sets
     'platform': device.platform,
     'device': '' if device.platform == 'cpu' else device.device_kind,
     'parameters': sum(a.size for a in jax.tree.leaves(stepper.state.params)),
@@ -45,12 +48,12 @@ def build(task: dict[str, Any]) -> dict[str, Any]:
   }
 
 
-def _config(task):
+def _config(task: dict[str, Any]) -> ConfigDict:
   name = {'ect': 'ect', 'jcm': 'ct'}[task['peer']]
-  c = configs.load(CONFIGS / f'{name}.py:cifar10')
-  c.network = configs.ConfigDict(
+  c = config_files.read(CONFIGS / f'{name}.py:cifar10')
+  c.network = ConfigDict(
     dict(c.network)
-    | {key: task[key] for key in ('channels', 'blocks')}
+    | {key: task[key] for key in ('channels', 'num_blocks')}
     | {'dtype': task['precision']}
     | NETWORKS[task['peer']]
   )
@@ -59,7 +62,7 @@ def _config(task):
   path = Path(task['folder']) / 'images.npz'
   images = np.random.default_rng(0).integers(0, 256, (4096, 32, 32, 3), np.uint8)
   np.savez(path, images=images)
-  c.data = configs.ConfigDict(
-    {'fn': 'cmjax.data:array', 'path': str(path), 'conditional': False}
+  c.data = ConfigDict(
+    {'fn': 'cmjax.data.files:from_path', 'path': str(path), 'conditional': False}
   )
   return c

@@ -1,0 +1,171 @@
+"""A data set in memory, and the batch of a step: a pure function of (seed, step).
+
+Resuming a run therefore needs no saved position in the data.
+"""
+
+from collections.abc import Mapping
+import functools
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cmjax.core import Batch, UserError
+
+MAX_CLASSES = 10**6  # with more, one-hot labels would dominate the memory of a batch
+MAX_EXAMPLES = 2**31 - 1  # indices are int32
+
+
+class Source(NamedTuple):
+  """A data set in memory as it is stored, and the affine map to x0."""
+
+  name: str  # to print beside a result
+  examples: np.ndarray  # uint8 or f32[N, H, W, C], or f32[N, D]
+  labels: np.ndarray | None  # i[N] in [0, classes); None: unconditional
+  classes: int  # 0: unconditional
+  low: float  # smallest possible stored value; -inf if unbounded
+  high: float  # largest possible stored value; inf if unbounded
+  offset: float  # x0 = (stored - offset) * scale
+  scale: float
+  flip: bool  # mirror half of the images left to right
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Shape of one example."""
+    return self.examples.shape[1:]
+
+
+def batch_at(
+  source: Source,
+  seed: int,
+  step: int,
+  batch_size: int,
+  rows: np.ndarray | None = None,
+) -> Batch:
+  """The global batch of a step, or its rows i[R], as NumPy arrays: x0 f32[R, ...].
+
+  The examples follow an endless sequence of permutations, so that each occurs exactly
+  once per epoch whatever the batch size. Images are in [-1, 1].
+  """
+  rows = np.arange(batch_size) if rows is None else rows
+  first = step * batch_size
+  index = _endless_permutation(seed, len(source.examples), first, batch_size)[rows]
+  x0 = as_x0(source, source.examples[index])
+  if source.flip:
+    bits = np.random.Generator(np.random.Philox(key=[seed, 2**32 + step]))
+    mirrored = bits.integers(2, size=batch_size)[rows].astype(bool)
+    x0[mirrored] = x0[mirrored, :, ::-1]
+  cond = None if source.labels is None else one_hot(source, index)
+  # `_make`, because the fields of Batch are annotated as arrays on a device.
+  return Batch._make((x0, cond, index.astype(np.int32)))
+
+
+def check_batch(source: Source, batch_size: int) -> None:
+  """Raises: UserError if a batch would contain an example twice."""
+  n = len(source.examples)
+  if batch_size > n:
+    raise UserError(
+      f'config.batch_size: a batch of {batch_size} needs as many examples, and '
+      f'{source.name} has {n}; use at most {n}'
+    )
+
+
+def as_x0(source: Source, stored: np.ndarray) -> np.ndarray:
+  """Stored values [N, ...] -> x0 f32[N, ...], images in [-1, 1]."""
+  return (stored.astype(np.float32) - source.offset) * np.float32(source.scale)
+
+
+def clip(source: Source, x0: np.ndarray) -> np.ndarray:
+  """Samples f32[N, ...] clipped to the range of the data."""
+  low, high = ((v - source.offset) * source.scale for v in (source.low, source.high))
+  return np.clip(x0, low, high)
+
+
+def as_uint8(source: Source, x0: np.ndarray) -> np.ndarray:
+  """Samples f32[N, ...] -> uint8[N, ...]: `low` is 0 and `high` 255, rounded."""
+  stored = clip(source, x0) / source.scale + source.offset
+  unit = (stored - source.low) / (source.high - source.low)
+  return np.rint(unit * 255).astype(np.uint8)
+
+
+def one_hot(source: Source, index: np.ndarray) -> np.ndarray:
+  """One-hot labels f32[N, classes] of the examples i[N].
+
+  Raises: ValueError if the data has no labels.
+  """
+  if source.labels is None:
+    raise ValueError(f'{source.name} has no labels')
+  rows = np.zeros((len(index), source.classes), np.float32)
+  rows[np.arange(len(index)), source.labels[index]] = 1
+  return rows
+
+
+def _endless_permutation(seed: int, n: int, first: int, count: int) -> np.ndarray:
+  parts, stop = [], first + count
+  while first < stop:
+    epoch, start = divmod(first, n)
+    parts.append(_permutation(seed, epoch, n)[start : start + stop - first])
+    first += len(parts[-1])
+  return np.concatenate(parts)
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
+  return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(n)
+
+
+def metadata(source: Source) -> dict[str, Any]:
+  """What a model saves about its data, for JSON: null for an infinite bound."""
+
+  def bound(value):
+    return float(value) if np.isfinite(value) else None
+
+  return {
+    'name': source.name,
+    'low': bound(source.low),
+    'high': bound(source.high),
+    'offset': float(source.offset),
+    'scale': float(source.scale),
+  }
+
+
+def placeholder(
+  shape: tuple[int, ...], classes: int, saved: Mapping[str, Any] | None = None
+) -> Source:
+  """A source without examples, to sample a model whose data is not available.
+
+  Args:
+    shape: of one example.
+    classes: of the labels; 0 if the model is unconditional.
+    saved: the `metadata` of the data. None: images [H, W, C] were uint8, and points
+      are unbounded.
+  """
+  labels = np.arange(classes) if classes else None
+  if saved is None and len(shape) == 3:
+    return image_source('', np.zeros((0, *shape), np.uint8), labels, classes, False)
+  saved = saved or dict(name='', low=None, high=None, offset=0.0, scale=1.0)
+  return Source(
+    name=saved['name'],
+    examples=np.zeros((0, *shape), np.float32),
+    labels=labels,
+    classes=classes,
+    low=-np.inf if saved['low'] is None else saved['low'],
+    high=np.inf if saved['high'] is None else saved['high'],
+    offset=saved['offset'],
+    scale=saved['scale'],
+    flip=False,
+  )
+
+
+def image_source(
+  name: str,
+  examples: np.ndarray,
+  labels: np.ndarray | None,
+  classes: int,
+  flip: bool,
+) -> Source:
+  """A source of uint8 images, or of f32 images or points in [-1, 1]."""
+  if examples.dtype == np.uint8:
+    low, high, offset, scale = 0.0, 255.0, 127.5, 1 / 127.5
+  else:
+    low, high, offset, scale = -1.0, 1.0, 0.0, 1.0
+  return Source(name, examples, labels, classes, low, high, offset, scale, flip)

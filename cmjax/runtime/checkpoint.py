@@ -1,0 +1,267 @@
+"""Saves and restores TrainState and config with orbax.
+
+A checkpoint holds the parameters, the target network, the optimiser state and each EMA
+as separate items, so that one set of weights can be read alone, and `meta`: the config,
+the step, the shape of an example, and hashes of every array and of the meta itself. A
+step is committed as a whole or not at all, and restored arrays are compared with their
+hashes.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
+from pathlib import Path
+import re
+from typing import Any, TypeVar
+
+import jax
+from jax.experimental import multihost_utils
+import orbax.checkpoint as ocp
+
+from cmjax.core import Params, TrainState, UserError, first_line, unused
+from cmjax.runtime import checksums, storage
+
+T = TypeVar('T')
+
+ONLINE = 'online'  # the item of the trained parameters; EMAs have names of their own
+TARGET = 'target'  # the item of the target network
+
+
+class Checkpoints:
+  """The checkpoints of one run, under `workdir/checkpoints`."""
+
+  def __init__(self, workdir: str | Path, keep: int):
+    self._silence = contextlib.ExitStack()
+    # Failures of background writes are reported by `_reporting_failures`.
+    self._silence.enter_context(storage.quiet())
+    self._folder = local(workdir).resolve() / 'checkpoints'
+    self._manager = ocp.CheckpointManager(
+      self._folder,
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=keep, cleanup_tmp_directories=True
+      ),
+    )
+
+  def save(self, state: TrainState, meta: dict[str, Any]) -> None:
+    """Starts saving; the state may be donated as soon as this returns."""
+    step = int(state.step)
+    if step in self._manager.all_steps():
+      return
+    args = storage.save_args(_items(state), meta | {'step': step})
+    with self._reporting_failures():
+      self._manager.save(step, args=args)
+
+  @contextlib.contextmanager
+  def _reporting_failures(self) -> Iterator[None]:
+    """Raises UserError for a failed write, which orbax raises as many types of error.
+
+    A background write raises at the next call of the manager.
+    """
+    try:
+      yield
+    except Exception as error:
+      full = any(sign in str(error) for sign in ('RESOURCE_EXHAUSTED', 'No space left'))
+      reason = 'no space left' if full else first_line(error)
+      _, steps = _find(self._folder.parent)
+      start = f'resumes from step {steps[0]}' if steps else 'starts from step 0'
+      raise UserError(
+        f'{self._folder}: saving a checkpoint failed ({reason}); fix the cause and '
+        f'repeat the command, which then {start}'
+      ) from error
+
+  def restore(
+    self, like: TrainState, say: Callable[[str], None]
+  ) -> tuple[TrainState, dict[str, Any]] | None:
+    """The newest intact checkpoint and its meta, or None if there is no checkpoint.
+
+    Arrays have the shapes and shardings of `like`. Newer checkpoints that are damaged
+    are reported and renamed to `STEP.damaged`: their steps can then be saved again, and
+    nothing is deleted.
+
+    Raises: UserError if all checkpoints are damaged; none is renamed then.
+    """
+    damaged: dict[int, str] = {}
+    for step in sorted(self._manager.all_steps(), reverse=True):
+      try:
+        restored = storage.restore(self._manager, step, _items(like))
+      except Exception as error:  # a damaged file raises many types of error
+        damaged[step] = first_line(error)
+      else:
+        for newer, reason in damaged.items():
+          path = self._rename_damaged(newer)
+          say(f'checkpoint {newer} is damaged ({reason}); renamed to {path}')
+        return _state(restored.items, like), restored.meta
+      storage.collect()
+    if damaged:
+      step, reason = next(iter(damaged.items()))
+      raise UserError(
+        f'{self._folder}: all checkpoints are damaged (step {step}: {reason}); start '
+        'again in a new --workdir'
+      )
+    return None
+
+  def _rename_damaged(self, step: int) -> Path:
+    path = unused(self._folder / f'{step}.damaged')
+    if jax.process_index() == 0:
+      (self._folder / str(step)).rename(path)
+    multihost_utils.sync_global_devices(f'checkpoint {step} is renamed')
+    self._manager.reload()  # it caches the list of steps
+    return path
+
+  def close(self) -> None:
+    """Waits for pending saves, and closes the manager."""
+    with self._silence, self._reporting_failures():
+      self._manager.close()
+
+
+def save_weights(
+  workdir: str | Path, step: int, params: Params, meta: dict[str, Any]
+) -> None:
+  """Saves a checkpoint of weights without an optimiser state; no run can resume it."""
+  args = storage.save_args({ONLINE: params}, meta | {'step': step})
+  folder = local(workdir).resolve() / 'checkpoints'
+  with ocp.CheckpointManager(folder) as manager:
+    manager.save(step, args=args)
+
+
+def any_in(workdir: str | Path) -> bool:
+  """Whether a work directory holds a checkpoint, intact or damaged."""
+  folders = (p for p in (local(workdir) / 'checkpoints').glob('*') if p.is_dir())
+  return any(p.name.isdigit() for p in folders)
+
+
+def is_run(path: str | Path) -> bool:
+  """Whether the checkpoints hold an optimiser state, so that training can resume.
+
+  Raises: UserError if there is no folder of checkpoints.
+  """
+  folder, steps = _find(path)
+  return any((folder / str(step) / 'opt_state').is_dir() for step in steps)
+
+
+def newest(
+  path: str | Path, read: Callable[[int, dict[str, Any]], T], say: Callable[[str], None]
+) -> T:
+  """The result of `read(step, meta)` on the newest intact checkpoint.
+
+  Args:
+    path: a work directory, or one of its `checkpoints/STEP`, which is then the only
+      candidate.
+    read: reads more of that checkpoint; if it fails, the next older one is tried.
+    say: receives one line per damaged checkpoint.
+
+  Raises: UserError if no checkpoint is intact, and whatever UserError `read` raises.
+  """
+  folder, steps = _find(path)
+  for step in steps:
+    with storage.quiet():
+      try:
+        return read(step, storage.read(folder, step, {}).meta)
+      except UserError:
+        raise
+      except Exception as error:  # a damaged file raises many types of error
+        reason = first_line(error)
+      storage.collect()
+    say(f'checkpoint {folder / str(step)} is damaged ({reason}); trying an older one')
+  raise UserError(f'{path}: no intact checkpoint; is it the --workdir of a run?')
+
+
+def read_meta(path: str | Path) -> dict[str, Any]:
+  """The meta of the newest checkpoint whose meta is intact, or of the one at `path`.
+
+  Raises: UserError if there is none.
+  """
+  return newest(path, lambda step, meta: meta, lambda line: None)
+
+
+def read_weights(
+  path: str | Path, step: int, name: str, like: Params, optional: str = ''
+) -> Params:
+  """One set of weights, in the shapes and shardings of `like`.
+
+  Args:
+    path: a work directory, or one of its `checkpoints/STEP`.
+    step: which checkpoint.
+    name: `online`, `target` or the name of an EMA.
+    like: the abstract parameters.
+    optional: an entry of `like` that the result lacks if the checkpoint does.
+
+  Raises: UserError if the checkpoint has no such weights, or those of another network,
+    naming the first parameter that differs; ValueError if a checksum differs, or
+    whatever orbax raises for damaged files.
+  """
+  folder, _ = _find(path)
+  item = name if name in (ONLINE, TARGET) else f'ema.{name}'
+  records = storage.read(folder, step, {}).records
+  if records is None:
+    records = storage.unrecorded(folder, step, item)
+  if item not in records:
+    names = [n for n in (ONLINE, TARGET) if n in records]
+    names += sorted(i.removeprefix('ema.') for i in records if i.startswith('ema.'))
+    raise UserError(f'{path}: no weights {name!r}; choose from {", ".join(names)}')
+  saved = records[item]
+  if optional and not any(key.split('/')[0] == optional for key in saved):
+    like = {key: value for key, value in like.items() if key != optional}
+  _check_network(path, saved, like)
+  return storage.read(folder, step, {item: like}).items[item]
+
+
+def local(path: str | Path) -> Path:
+  """A path in a local or mounted file system.
+
+  Raises: UserError for the address of a bucket, such as `gs://bucket/run`.
+  """
+  # A Path has collapsed the two slashes into one.
+  if re.match(r'[A-Za-z][A-Za-z0-9+.-]+:/', str(path)):
+    raise UserError(
+      f'{path}: only local or mounted folders can be opened; copy it to one, or mount '
+      'the bucket'
+    )
+  return Path(path)
+
+
+def _check_network(
+  path: str | Path, saved: Mapping[str, checksums.Record], like: Params
+) -> None:
+  model = {
+    key: checksums.Record(str(a.dtype), a.shape)
+    for key, a in checksums.by_path(like).items()
+  }
+  for key in [*model, *saved]:
+    a, b = saved.get(key), model.get(key)
+    if a is None or b is None or a[:2] != b[:2]:
+      what = 'dtype' if a and b and a.shape == b.shape else 'shape'
+      theirs, ours = (str(getattr(v, what)) if v else 'missing' for v in (a, b))
+      raise UserError(
+        f'{path}: weights of another network: parameter {key} is {theirs} in the '
+        f'checkpoint and {ours} in the model; give the config.network and config.data '
+        'of that run'
+      )
+
+
+def _find(path: str | Path) -> tuple[Path, list[int]]:
+  """The folder of checkpoints of a path, and its steps, newest first."""
+  path = local(path).resolve()
+  if path.name.isdigit() and path.parent.name == 'checkpoints' and path.is_dir():
+    return path.parent, [int(path.name)]
+  folder = path / 'checkpoints'
+  if not folder.is_dir():
+    raise UserError(f'{path}: no checkpoints; is it the --workdir of a run?')
+  steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit() and p.is_dir()]
+  return folder, sorted(steps, reverse=True)
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+  items = {ONLINE: state.params, 'opt_state': state.opt_state, 'step': [state.step]}
+  if state.target is not None:
+    items[TARGET] = state.target
+  return items | {f'ema.{name}': tree for name, tree in state.ema.items()}
+
+
+def _state(items: Mapping[str, Any], like: TrainState) -> TrainState:
+  return TrainState(
+    step=items['step'][0],
+    params=items[ONLINE],
+    target=None if like.target is None else items[TARGET],
+    ema={name: items[f'ema.{name}'] for name in like.ema},
+    opt_state=items['opt_state'],
+  )

@@ -1,0 +1,277 @@
+"""The typed record of a config, its checks, and what differs between two."""
+
+from collections.abc import Iterator, Mapping
+import dataclasses
+import functools
+import re
+import typing
+from typing import Annotated, Any, NamedTuple, TypeVar
+
+from ml_collections import ConfigDict
+
+from cmjax.configs import parts
+from cmjax.core import UserError
+from cmjax.runtime import build
+from cmjax.runtime.errors import user_errors
+
+REQUIRED = parts.REQUIRED  # the value of a key that must be given
+MAX_STEPS = 2**31 - 1  # a step is an int32
+
+# The record --------------------------------------------------------------------------
+
+
+class Bounds(NamedTuple):
+  """The least and the greatest value of a number."""
+
+  low: float
+  high: float
+
+
+class MayChange(NamedTuple):
+  """A key that may change while a run continues; of a part, only some keys may."""
+
+  keys: tuple[str, ...] = ()  # empty: all
+
+
+MAY_CHANGE = MayChange()
+Count = Annotated[int, Bounds(1, 2**24)]
+Seed = Annotated[int, Bounds(0, 2**32 - 1)]  # jax keeps 32 bits: others would be equal
+Steps = Annotated[int, Bounds(1, MAX_STEPS)]
+StepsOrNever = Annotated[int, Bounds(0, MAX_STEPS)]
+Part = Annotated[ConfigDict, 'part']  # a dict with `fn`
+OptionalPart = Annotated[ConfigDict, 'optional part']  # may be empty
+Parts = Annotated[ConfigDict, 'parts']  # by names of the user's choice
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Evaluation:
+  """Of samples that are measured, and of those that are shown."""
+
+  num_samples: Annotated[int, Bounds(2, 2**24)]
+  batch_size: Count
+  seed: Seed
+  num_pictured: Annotated[int, Bounds(1, 2**16)]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Every:
+  """Steps between what a training run does beside training."""
+
+  log_steps: Steps
+  picture_steps: StepsOrNever
+  evaluate_steps: StepsOrNever
+  checkpoint_steps: Steps
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Config:
+  """A config whose keys and types are checked: the only list of its keys.
+
+  `configs/parts.py:base()` has what each is for, and the only list of defaults.
+  """
+
+  seed: Seed
+  batch_size: Count
+  accumulate: Count
+  total_images: Annotated[int, Bounds(1, 2**53)]
+  grad_clip_norm: Annotated[float, Bounds(0.0, 1e30)]
+  max_skipped_steps: Annotated[StepsOrNever, MAY_CHANGE]
+  init_from: str
+  teacher: str
+  sample_weights: Annotated[str, MAY_CHANGE]
+  mesh: Annotated[Part, MAY_CHANGE]
+  data: Annotated[Part, MayChange(('data_dir', 'path'))]
+  network: Part
+  precond: Part
+  objective: Part
+  optimizer: Part
+  target_decay: OptionalPart
+  reference: OptionalPart
+  perceptual: OptionalPart
+  ema: Parts
+  samplers: Annotated[Parts, MAY_CHANGE]
+  metrics: Annotated[Parts, MAY_CHANGE]
+  studies: Annotated[Parts, MAY_CHANGE]
+  evaluation: Annotated[Evaluation, MAY_CHANGE]
+  every: Annotated[Every, MAY_CHANGE]
+  keep_checkpoints: Annotated[Count, MAY_CHANGE]
+
+  @property
+  def total_steps(self) -> int:
+    """Steps until `total_images` examples are seen."""
+    return -(-self.total_images // self.batch_size)
+
+  def to_dict(self) -> dict[str, Any]:
+    """As nested dicts, for JSON."""
+    values = {
+      field.name: getattr(self, field.name) for field in dataclasses.fields(self)
+    }
+    for name, value in values.items():
+      if isinstance(value, ConfigDict):
+        values[name] = value.to_dict()
+      elif isinstance(value, Evaluation | Every):
+        values[name] = dataclasses.asdict(value)
+    return values
+
+  def replace(self, **values: Any) -> 'Config':
+    """The config with other values of top-level keys, checked; parts may be dicts."""
+    return checked(ConfigDict(self.to_dict() | values))
+
+
+class Key(NamedTuple):
+  """What `Config` says of one of its keys."""
+
+  kind: type  # int, float, str, ConfigDict, or a record
+  form: str  # of a ConfigDict: 'part', 'optional part' or 'parts'
+  bounds: Bounds | None
+  may_change: MayChange | None
+
+
+@functools.cache
+def keys_of(record: type) -> dict[str, Key]:
+  """The keys of `Config`, `Evaluation` or `Every`, by name."""
+  keys = {}
+  for name, hint in typing.get_type_hints(record, include_extras=True).items():
+    kind, *marks = typing.get_args(hint) or (hint,)
+    first = {type(mark): mark for mark in reversed(marks)}
+    keys[name] = Key(kind, first.get(str, ''), first.get(Bounds), first.get(MayChange))
+  return keys
+
+
+def may_change(path: str) -> bool:
+  """Whether the key at a path, `config.every.log_steps`, may change within a run."""
+  name, *inner = path.removeprefix('config.').split('.')
+  mark = keys_of(Config)[name].may_change
+  return mark is not None and (not mark.keys or inner[:1] in [[k] for k in mark.keys])
+
+
+# Checks ------------------------------------------------------------------------------
+
+
+def checked(
+  config: ConfigDict | Config, where: str = 'config', *, weights_alone: bool = False
+) -> Config:
+  """The record of a config, once its keys and types are those of `Config`.
+
+  Args:
+    config: as `get_config` returns it; a `Config` is returned as it is.
+    where: what errors call it.
+    weights_alone: parts may be empty, as weights are sampled without data.
+
+  Raises: UserError naming the first key that is unknown, missing or of a wrong type.
+  """
+  if isinstance(config, Config):
+    return config
+  if not isinstance(config, ConfigDict):
+    raise UserError(
+      f'{where}: get_config() must return a ConfigDict, not a {type(config).__name__}'
+    )
+  config = config.copy_and_resolve_references()
+  record = _record(config, Config, where, weights_alone)
+  if not record.samplers:
+    raise UserError(f'{where}.samplers: give at least one')
+  if weights_alone:
+    return record
+  if record.total_images // record.batch_size >= MAX_STEPS:
+    raise UserError(
+      f'{where}.total_images: more than 2**31 steps of {record.batch_size} images'
+    )
+  return record
+
+
+Record = TypeVar('Record', Config, Evaluation, Every)
+
+
+def _record(
+  config: ConfigDict, record: type[Record], where: str, weights_alone: bool
+) -> Record:
+  """The config as a record, its keys and types checked."""
+  keys, values = keys_of(record), {}
+  for name in config:
+    if name not in keys:
+      raise UserError(f'{where}.{name}: unknown key{build.hint(name, keys)}')
+  for name, key in keys.items():
+    path = f'{where}.{name}'
+    if name not in config:
+      raise UserError(f'{path}: missing; configs/parts.py:base() holds every key')
+    value: Any = config[name]
+    if key.kind in (int, float, str):
+      build.check_value(value, key.kind, path)
+      if key.bounds:
+        _check_bounds(value, key.bounds, path)
+    elif not isinstance(value, ConfigDict):
+      raise UserError(f'{path}: must be a dict, got {value!r}')
+    elif key.kind is not ConfigDict:
+      value = _record(value, key.kind, path, weights_alone)
+    elif key.form == 'parts':
+      for inner in value:
+        with user_errors(path):
+          check_name(inner)
+        build.check_part(value[inner], f'{path}.{inner}')
+    elif value or not (weights_alone or key.form == 'optional part'):
+      build.check_part(value, path)
+    values[name] = value
+  return record(**values)
+
+
+def _check_bounds(value: float, bounds: Bounds, where: str) -> None:
+  low, high = bounds
+  if low <= value <= high:
+    return
+  if value < low and low in (0, 1):
+    least = 'must not be negative' if low == 0 else 'must be positive'
+    raise UserError(f'{where}: {least}, got {value!r}')
+  raise UserError(f'{where}: must be between {low:g} and {high:,}, got {value!r}')
+
+
+def require(config: Config) -> None:
+  """Raises UserError naming the keys that must be given and are not.
+
+  A `teacher` alone is enough where `init_from` follows it.
+  """
+  missing = [
+    path for path, value in _leaves(config.to_dict(), 'config') if value == REQUIRED
+  ]
+  if 'config.teacher' in missing and 'config.init_from' in missing:
+    missing.remove('config.init_from')  # follows the teacher
+  if missing:
+    raise UserError(f'{", ".join(missing)}: must be given, as in --{missing[0]}=VALUE')
+
+
+def _leaves(config: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any]]:
+  for key, value in config.items():
+    if isinstance(value, Mapping):
+      yield from _leaves(value, f'{where}.{key}')
+    else:
+      yield f'{where}.{key}', tuple(value) if isinstance(value, list) else value
+
+
+def differences(old: ConfigDict | Config, new: ConfigDict | Config) -> dict[str, str]:
+  """What differs, by dotted path: {'config.batch_size': '256 -> 128'}."""
+  a, b = (dict(_leaves(config.to_dict(), 'config')) for config in (old, new))
+  absent = 'absent'
+  return {
+    key: f'{a.get(key, absent)} -> {b.get(key, absent)}'
+    for key in sorted(a.keys() | b.keys())
+    if a.get(key, absent) != b.get(key, absent)
+  }
+
+
+def completed(config: ConfigDict) -> ConfigDict:
+  """A config with the defaults of the keys that it does not have."""
+  whole, keys = parts.base(), keys_of(Config)
+  with whole.ignore_type():
+    for name, value in config.items():
+      default = whole.get(name)
+      record = name in keys and dataclasses.is_dataclass(keys[name].kind)
+      if record and isinstance(default, ConfigDict) and isinstance(value, ConfigDict):
+        default.update(value)
+      else:
+        whole[name] = value
+  return whole
+
+
+def check_name(key: str) -> None:
+  """Raises ValueError for a key that is not a name: parts give files their names."""
+  if not re.fullmatch(r'[A-Za-z0-9_][A-Za-z0-9_=.-]{0,63}', key):
+    raise ValueError(f'the key {key[:40]!r} is no name of letters, digits and _')

@@ -1,0 +1,106 @@
+"""One line for a mistake of the user, a traceback for a mistake in a function.
+
+jax is imported where it is needed: `cmjax --help` does without it.
+"""
+
+from collections.abc import Iterator
+import contextlib
+import sys
+import traceback
+from types import TracebackType
+
+# Packages that raise on behalf of their caller.
+_LIBRARIES = {
+  *('cmjax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax', 'numpy', 'ml_collections'),
+  *('tqdm', 'tensorboardX', 'tensorboard', 'clu', 'absl', 'safetensors', 'msgpack'),
+  *('tensorstore', 'array_record', 'google', 'xxhash'),
+  *('tensorflow_datasets', 'etils', 'sklearn', 'scipy', 'joblib', 'PIL', 'matplotlib'),
+  *sys.stdlib_module_names,
+}
+
+
+@contextlib.contextmanager
+def user_errors(where: str) -> Iterator[None]:
+  """Within it, a ValueError or TypeError of cmjax becomes a UserError of one line.
+
+  One raised by a function of the user keeps its traceback, with a note that names the
+  part of the config.
+  """
+  from cmjax.core import UserError, first_line
+
+  try:
+    yield
+  except UserError:
+    raise
+  except Exception as error:
+    if frame_of_user(error):
+      error.add_note(f'raised in {where}')
+      raise
+    if isinstance(error, ValueError | TypeError | ArithmeticError | MemoryError):
+      raise UserError(f'{where}: {first_line(error)}') from error
+    raise
+
+
+def frame_of_user(error: BaseException) -> TracebackType | None:
+  """The traceback from its first frame outside cmjax and its libraries."""
+  trace = error.__traceback__
+  while trace is not None:
+    module = trace.tb_frame.f_globals
+    spec = module.get('__spec__')  # has the name of what `python -m` calls __main__
+    name = spec.name if spec else module.get('__name__', '')
+    if name.partition('.')[0] not in _LIBRARIES:
+      return trace
+    trace = trace.tb_next
+  return None
+
+
+def report(error: Exception) -> int:
+  """Prints an error, in one line if it is the user's mistake; returns the exit code."""
+  import jax
+
+  from cmjax.core import UserError, first_line
+
+  trace = frame_of_user(error)
+  diverged = isinstance(error, FloatingPointError) and trace is None
+  if isinstance(error, UserError) or diverged:
+    say(str(error))
+    return 2
+  if trace is not None or isinstance(error, SyntaxError):
+    traceback.print_exception(error.with_traceback(trace))
+    say('the error above was raised in code outside cmjax')
+    return 1
+  if isinstance(error, OSError):
+    say(f'{error.filename or "system"}: {error.strerror or first_line(error)}')
+    return 2
+  if isinstance(error, MemoryError):
+    say(f'out of memory ({first_line(error)}); use a smaller batch, network or sample')
+    return 1
+  if isinstance(error, jax.errors.JaxRuntimeError):
+    say(f'{first_line(error)}; {advice(str(error), jax.process_count())}')
+    return 1
+  traceback.print_exception(error)
+  say('the error above is a bug in cmjax; please report it with the command')
+  return 1
+
+
+def advice(error: str, num_processes: int = 1) -> str:
+  """What may help against an error of a device."""
+  if 'RESOURCE_EXHAUSTED' in error:
+    return (
+      'raise config.accumulate, set config.network.remat=True, or shard the state: '
+      'config.mesh.fsdp=True'
+    )
+  if num_processes > 1:
+    return 'another process or a device has failed; the same command continues the run'
+  return 'a device failed'
+
+
+def say(text: str) -> None:
+  """Prints one line on stderr, with the index of the process if there are several."""
+  jax = sys.modules.get('jax')
+  process = ''
+  # A backend that has not started is not started here.
+  if jax and jax.distributed.is_initialized() and jax.process_count() > 1:
+    process = f'process {jax.process_index()}: '
+  sys.stdout.flush()
+  print(f'cmjax: {process}{text}', file=sys.stderr, flush=True)

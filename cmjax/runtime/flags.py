@@ -1,0 +1,112 @@
+"""The flags of the command line, without jax: `cmjax --help` takes no time."""
+
+import argparse
+import difflib
+from pathlib import Path
+import platform
+from typing import Any
+
+import cmjax
+
+MODES = {  # one line each, for --help
+  'train': 'train, or continue the run in --workdir',
+  'sample': 'draw samples with every sampler, as pictures and .npz files',
+  'evaluate': 'draw samples and compute every metric, as a table',
+  'study': 'measure the weights by noise level, as tables and pictures',
+  'bench': 'time the training step, its parts and its data',
+  'port': 'write weights as a checkpoint or a safetensors file',
+  'compile': 'compile the training step for the TPUs of --topology',
+  'dry_run': 'build and print everything without training',
+  'configs': 'list the configs that ship with cmjax',
+}
+CACHE = str(Path.home() / '.cache' / 'cmjax' / platform.node())
+
+
+class FlagError(Exception):
+  """A mistake in the flags themselves."""
+
+
+class _Parser(argparse.ArgumentParser):
+  """Raises where argparse would print its usage and exit."""
+
+  def error(self, message: str):
+    raise FlagError(message)
+
+
+def parsed(argv: list[str]) -> argparse.Namespace:
+  """The flags, with those of `--config.KEY=VALUE` as pairs in `overrides`.
+
+  Raises: FlagError for an unknown flag, or a value that is not of its type.
+  """
+  plain, overrides = [], []
+  words = iter(argv)
+  for word in words:
+    if word.startswith('--config.'):
+      key, attached, value = word.removeprefix('--config.').partition('=')
+      overrides.append((key, value if attached else next(words, '')))
+    else:
+      plain.append(word)
+  parser, names = _parser()
+  flags, rest = parser.parse_known_args(plain)
+  for word in rest:
+    if not word.startswith('-'):
+      raise FlagError(f'unexpected {word!r}; flags look like --workdir=DIR')
+    name = word.partition('=')[0]
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f', did you mean {close[0]}?' if close else ''
+    raise FlagError(f'unknown flag {name}{hint}')
+  flags.trust = tuple(filter(None, flags.trust.split(',')))
+  # A function before the keys that it takes.
+  flags.overrides = sorted(overrides, key=lambda pair: not pair[0].endswith('.fn'))
+  return flags
+
+
+def names_code(flags: argparse.Namespace) -> bool:
+  """Whether the command itself names functions that may be the user's own."""
+  in_file = flags.config.partition(':')[0].endswith('.py')
+  by_flag = any(key.endswith('.fn') for key, _ in flags.overrides)
+  return in_file or by_flag or bool(flags.trust)
+
+
+def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
+  """The parser, and the names of its flags."""
+  modes = '\n'.join(f'  {mode:10}{text}' for mode, text in MODES.items())
+  parser = _Parser(
+    prog='cmjax',
+    allow_abbrev=False,
+    usage='cmjax --config=NAME --workdir=DIR [--mode=MODE] [--config.KEY=VALUE ...]',
+    epilog=f'modes:\n{modes}',
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  names = ['--help']
+
+  def add(name: str, **settings: Any) -> None:
+    names.append(f'--{name}')
+    parser.add_argument(f'--{name}', **settings)
+
+  def text(name: str, metavar: str, help: str) -> None:
+    add(name, default='', metavar=metavar, help=help)
+
+  def number(name: str, default: int, help: str) -> None:
+    add(name, type=int, default=default, metavar='N', help=help)
+
+  add('version', action='version', version=f'cmjax {cmjax.__version__}')
+  text('config', 'NAME', 'ect:digits, FILE.py:ARGUMENT or RUN/config.json')
+  text('workdir', 'DIR', 'the folder of the run, or a file of weights to sample')
+  add('mode', default='train', choices=MODES, metavar='MODE', help='default: train')
+  add('debug', action='store_true', help='print the full traceback of every error')
+  text('trust', 'A,B', 'packages that the config of weights may name functions of')
+  text('labels', '0,3,7', 'with --mode=sample: the classes to draw')
+  text('from', 'PATH', 'with --mode=port: a run, a checkpoint or a released file')
+  text('to', 'PATH', 'with --mode=port: a new folder, or FILE.safetensors')
+  text('form', 'FORM', 'of an OpenAI file: denoiser or consistency')
+  add('distributed', action='store_true', help='one process of a TPU pod, GKE or Slurm')
+  text('coordinator', 'HOST:PORT', 'of process 0, outside a cluster')
+  number('processes', 0, 'with --coordinator: the number of processes')
+  number('process', -1, 'with --coordinator: the index of this process, from 0')
+  cache = f'folder of compiled programs (default: {CACHE}; empty: none)'
+  add('compilation_cache', metavar='DIR', help=cache)
+  text('topology', 'CHIPS', 'with --mode=compile: the TPUs, such as v5e:16x16')
+  text('blank', 'SIZE,CHANNELS,CLASSES', 'with --mode=compile: in place of config.data')
+  number('effort', -1, 'with --mode=compile: -1 least, 0 as in a run, 1 most')
+  return parser, names

@@ -1,0 +1,109 @@
+"""One process at a time trains in a work directory."""
+
+from collections.abc import Iterator
+import contextlib
+import fcntl
+import json
+import os
+from pathlib import Path
+import socket
+import threading
+import time
+from typing import IO
+
+from cmjax.core import UserError
+
+BEAT_S = 5.0  # how often the owner of a lock touches its file
+PATIENCE_S = 3 * BEAT_S  # after which an owner on another host is taken for dead
+
+
+@contextlib.contextmanager
+def lock(workdir: Path) -> Iterator[None]:
+  """Makes the folder, and keeps every other process from training in it.
+
+  The lock is that of the operating system on the file `.lock`, so it ends with its
+  process. On a file system whose locks hold within one host only, an owner on another
+  host is alive as long as it touches the file.
+
+  Raises: UserError naming the host and the process of another owner.
+  """
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    # A link may lead to a file of the user's, which must not be written to.
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+    file = os.fdopen(os.open(workdir / '.lock', flags, 0o666), 'a+b')
+  except OSError as error:
+    raise UserError(f'--workdir: cannot write {workdir} ({error.strerror})') from error
+  with file:
+    locked = _locked(file)
+    if locked is False:
+      _refuse(workdir, _owner(file, wait=True))
+    owner = _owner(file)
+    # An owner whose lock cannot be seen may be alive; then it touches the file.
+    unseen = locked is None or (owner and owner['host'] != socket.gethostname())
+    if owner and unseen and _beats(file):
+      _refuse(workdir, owner)
+    _write_owner(file, {'host': socket.gethostname(), 'process': os.getpid()})
+    ended = threading.Event()
+    heart = threading.Thread(target=_beat, args=(file.fileno(), ended), daemon=True)
+    heart.start()
+    try:
+      yield
+    finally:
+      ended.set()
+      heart.join()
+      _write_owner(file, None)  # removing the file could free another's lock
+
+
+def _locked(file: IO[bytes]) -> bool | None:
+  """Whether the lock was taken; None if the file system has no locks."""
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    return False
+  except OSError:
+    return None
+  return True
+
+
+def _owner(file: IO[bytes], wait: bool = False) -> dict[str, object] | None:
+  """The owner named in a lock file, if any; with `wait`, it may be about to write."""
+  for _ in range(20 if wait else 1):
+    file.seek(0)
+    try:
+      owner = json.loads(file.read(4096))
+      return {'host': str(owner['host'])[:80], 'process': int(owner['process'])}
+    except (ValueError, TypeError, KeyError, RecursionError):
+      time.sleep(0.05 if wait else 0)
+  return None
+
+
+def _write_owner(file: IO[bytes], owner: dict[str, object] | None) -> None:
+  file.truncate(0)  # opened for appending, so what follows is the whole file
+  file.write(json.dumps(owner).encode() if owner else b'')
+  file.flush()
+
+
+def _refuse(workdir: Path, owner: dict[str, object] | None) -> None:
+  who = 'another process'
+  if owner:
+    who = f'process {owner["process"]} on host {owner["host"]}'
+  raise UserError(
+    f'{workdir}: {who} is training in it; wait until it ends, or give another --workdir'
+  )
+
+
+def _beats(file: IO[bytes]) -> bool:
+  """Whether an owner on another host touches the file within `PATIENCE_S`."""
+  before, until = os.fstat(file.fileno()).st_mtime_ns, time.monotonic() + PATIENCE_S
+  while time.monotonic() < until:
+    time.sleep(BEAT_S / 10)
+    if os.fstat(file.fileno()).st_mtime_ns != before:
+      return True
+  return False
+
+
+def _beat(descriptor: int, ended: threading.Event) -> None:
+  while not ended.wait(BEAT_S):
+    with contextlib.suppress(OSError):
+      os.utime(descriptor)

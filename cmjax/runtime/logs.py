@@ -1,0 +1,277 @@
+"""Metrics, pictures, tables and progress: TensorBoard, Matplotlib, Pillow, clu, tqdm.
+
+Libraries that take long to import are imported where they are used.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+import json
+import math
+from pathlib import Path
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+import tqdm
+
+if TYPE_CHECKING:
+  from matplotlib.figure import Figure
+
+
+def say(text: str) -> None:
+  """Prints a line from the first process, above the progress bar if there is one."""
+  if jax.process_index() != 0:
+    return
+  tqdm.tqdm.write(text, file=sys.stdout)
+  sys.stdout.flush()
+
+
+class RunLog:
+  """Writes `metrics.jsonl`, TensorBoard events and pictures, if `primary`.
+
+  Rows of `metrics.jsonl` after step `start` are dropped, as those steps are repeated,
+  and so is a last row that a kill cut short. Other rows that cannot be read are dropped
+  with a message.
+  """
+
+  def __init__(self, workdir: str | Path, primary: bool, start: int):
+    self._workdir = Path(workdir)
+    self._primary = primary
+    if primary:
+      import tensorboardX
+
+      path = self._workdir / 'metrics.jsonl'
+      _drop_rows_after(path, start)
+      self._rows = path.open('a', encoding='utf-8')
+      # By default, two files of the same second have the same name.
+      self._events = tensorboardX.SummaryWriter(
+        str(self._workdir / 'tensorboard'), filename_suffix=f'.{time.time_ns()}'
+      )
+
+  def scalars(self, step: int, values: Mapping[str, float]) -> None:
+    """Adds a row; in JSON, values that are not finite are null."""
+    if not self._primary:
+      return
+    row = {k: v if math.isfinite(v) else None for k, v in values.items()}
+    print(json.dumps({'step': step} | row), file=self._rows, flush=True)
+    for name, value in values.items():
+      self._events.add_scalar(name, value, step)
+
+  def picture(self, step: int, name: str, image: np.ndarray) -> None:
+    """Adds u8[H, W, 3] to TensorBoard, and writes it to `pictures/NAME_STEP.png`."""
+    if not self._primary:
+      return
+    write_png(self._workdir / 'pictures' / f'{name}_{step:08d}.png', image)
+    self._events.add_image(name, image, step, dataformats='HWC')
+
+  def close(self) -> None:
+    """Flushes and closes the files."""
+    if self._primary:
+      self._rows.close()
+      self._events.close()
+
+
+def _drop_rows_after(path: Path, step: int) -> None:
+  if not path.exists():
+    return
+  rows = [(line, _step_of(line)) for line in path.read_bytes().split(b'\n')]
+  # A line without its newline may have been cut short by a kill: that is no damage.
+  damaged = sum(at == math.inf and bool(line.strip()) for line, at in rows[:-1])
+  if damaged:
+    say(f'{path}: dropped {damaged} row(s) that cannot be read')
+  new = path.with_suffix('.new')
+  new.write_bytes(b''.join(line + b'\n' for line, at in rows if at <= step))
+  new.replace(path)
+
+
+def _step_of(line: bytes) -> float:
+  """The step of a row of `metrics.jsonl`; infinity if the line cannot be read."""
+  try:
+    step = json.loads(line.decode('utf-8'))['step']
+  except (ValueError, TypeError, LookupError, RecursionError):
+    return math.inf
+  return step if type(step) is int else math.inf
+
+
+class Progress:
+  """A progress bar on a terminal; otherwise one line per report."""
+
+  def __init__(self, start: int, total: int):
+    self._total = total
+    self._start = time.monotonic(), start
+    terminal = sys.stderr.isatty() and jax.process_index() == 0
+    self._bar = (
+      tqdm.tqdm(total=total, initial=start, unit='step', dynamic_ncols=True)
+      if terminal
+      else None
+    )
+
+  def restart(self, step: int) -> None:
+    """Estimates the remaining time from the steps after this one only."""
+    self._start = time.monotonic(), step
+    if self._bar is not None:
+      self._bar.unpause()
+
+  def advance(self) -> None:
+    """Counts one more step as dispatched."""
+    if self._bar is not None:
+      self._bar.update()
+
+  def report(self, step: int, values: Mapping[str, float]) -> None:
+    """Shows the latest values, and without a bar also the remaining time."""
+    text = ' '.join(f'{k}={v:.4g}' for k, v in values.items())
+    if self._bar is not None:
+      self._bar.set_postfix_str(text)
+      return
+    seconds, steps = time.monotonic() - self._start[0], step - self._start[1]
+    left = f'{(self._total - step) * seconds / steps:.0f}s' if steps else '?'
+    say(f'step {step}/{self._total} {text} left={left}')
+
+  def close(self) -> None:
+    """Closes the bar, which stays on the terminal."""
+    if self._bar is not None:
+      self._bar.close()
+
+
+REPORT_S = 10.0  # interval between the lines of `counted`
+
+
+def counted(parts: Sequence[Any], size: int, unit: str) -> Iterator[Any]:
+  """Yields the parts, each of `size` units, with a bar or a line every ten seconds."""
+  total, terminal = len(parts) * size, sys.stderr.isatty()
+  if terminal and jax.process_index() == 0:
+    with tqdm.tqdm(total=total, unit=unit, leave=False, dynamic_ncols=True) as bar:
+      for part in parts:
+        yield part
+        bar.update(size)
+    return
+  start = last_report = time.monotonic()
+  for done, part in enumerate(parts):
+    now = time.monotonic()
+    if done and now - last_report > REPORT_S:
+      left, last_report = (now - start) / done * (len(parts) - done), now
+      say(f'{done * size}/{total} {unit} left={left:.0f}s')
+    yield part
+
+
+def write_json(path: Path, facts: Mapping[str, Any]) -> None:
+  """Writes indented JSON, with null for NaN and infinity; creates the folder."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(json.dumps(_finite(facts), indent=2), encoding='utf-8')
+
+
+def _finite(value: Any) -> Any:
+  if isinstance(value, Mapping):
+    return {key: _finite(item) for key, item in value.items()}
+  if isinstance(value, list | tuple):
+    return [_finite(item) for item in value]
+  return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_png(path: str | Path, image: np.ndarray) -> None:
+  """Writes u8[H, W, 3]; creates the folder."""
+  from PIL import Image
+
+  Path(path).parent.mkdir(parents=True, exist_ok=True)
+  Image.fromarray(image).save(path)
+
+
+def grid(images: np.ndarray, columns: int, cell: int = 48) -> np.ndarray:
+  """Images u8[N, H, W, C] as one, u8[H', W', 3], row by row.
+
+  Shows the first three channels, or the first if there are fewer. Images smaller than
+  `cell` pixels are enlarged by a whole factor, without interpolation.
+  """
+  factor = max(1, cell // images.shape[1])
+  big = np.repeat(np.repeat(images, factor, axis=1), factor, axis=2)
+  big = big[..., :3] if big.shape[-1] >= 3 else np.repeat(big[..., :1], 3, axis=-1)
+  missing = -len(big) % columns
+  big = np.concatenate([big, np.full((missing, *big.shape[1:]), 255, np.uint8)])
+  big = np.pad(big, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
+  rows, (h, w) = len(big) // columns, big.shape[1:3]
+  big = big.reshape(rows, columns, h, w, 3).transpose(0, 2, 1, 3, 4)
+  return big.reshape(rows * h, columns * w, 3)
+
+
+def scatter(samples: np.ndarray, data: np.ndarray) -> np.ndarray:
+  """A plot u8[H, W, 3] of points f32[N, 2] over the data f32[M, 2]."""
+  figure = _figure(4, 4)
+  axes = figure.add_subplot()
+  axes.plot(*data.T, '.', color='0.8', markersize=2, label='data')
+  axes.plot(*samples.T, '.', color='C0', markersize=2, label='samples')
+  axes.set_aspect('equal')
+  axes.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=2, markerscale=5)
+  return _rendered(figure)
+
+
+def curves(rows: list[dict[str, float]], x: str, ys: Sequence[str]) -> np.ndarray:
+  """A log-log plot u8[H, W, 3] of columns `ys` of a table against column `x`.
+
+  Values that are not positive leave gaps in the lines.
+  """
+  figure = _figure(6, 4)
+  axes = figure.add_subplot()
+  for y in ys:
+    shown = [row[y] if row[y] > 0 else math.nan for row in rows]
+    axes.plot([row[x] for row in rows], shown, '.-', label=y)
+  axes.set_xscale('log')
+  axes.set_yscale('log')
+  axes.set_xlabel(x)
+  axes.grid(alpha=0.3)
+  axes.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=len(ys), frameon=False)
+  return _rendered(figure)
+
+
+def number(value: float) -> str:
+  """Text of a number: integers in full, others to three significant digits."""
+  whole = math.isfinite(value) and value == int(value) and abs(value) < 1e9
+  return str(int(value)) if whole else f'{value:.3g}'
+
+
+def sheet(panels: Mapping[str, np.ndarray]) -> np.ndarray:
+  """Pictures u8[H, W, 3] with titles, one below the other, as u8[H', W', 3]."""
+  ratio = sum(image.shape[0] / image.shape[1] + 0.05 for image in panels.values())
+  figure = _figure(8, 8 * ratio)
+  rows = figure.subplots(len(panels), squeeze=False)[:, 0]
+  for axes, (title, image) in zip(rows, panels.items()):
+    axes.imshow(image, interpolation='nearest')
+    axes.set_title(title, loc='left', fontsize=10)
+    axes.set_axis_off()
+  return _rendered(figure)
+
+
+def _figure(width: float, height: float) -> 'Figure':
+  from matplotlib.figure import Figure
+
+  return Figure(figsize=(width, height), dpi=120, layout='constrained')
+
+
+def _rendered(figure: 'Figure') -> np.ndarray:
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+  canvas = FigureCanvasAgg(figure)
+  canvas.draw()
+  return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def parameter_table(params: Any) -> str:
+  """The shape and size of each parameter, and the total."""
+  from clu import parameter_overview
+
+  return parameter_overview.get_parameter_overview(params, include_stats=False)
+
+
+def markdown_table(rows: list[dict[str, Any]]) -> str:
+  """Rows with equal keys as a Markdown table, with three decimals of floats."""
+
+  def cell(value):
+    return f'{value:.3f}' if isinstance(value, float) else str(value)
+
+  columns = list(rows[0])
+  lines = [
+    columns,
+    ['---'] * len(columns),
+    *([cell(row[name]) for name in columns] for row in rows),
+  ]
+  return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)

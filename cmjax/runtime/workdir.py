@@ -1,0 +1,117 @@
+"""The folder of a run: which run it holds, and its config."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from cmjax.core import UserError
+from cmjax.runtime import checkpoint
+from cmjax.runtime.config import Config, ConfigDict, completed, differences, may_change
+from cmjax.runtime.config_files import overridden, read
+from cmjax.runtime.config_json import from_json, read_json, to_json
+
+
+def folder(text: str) -> Path:
+  """The path of a --workdir.
+
+  Raises: UserError if it is empty or not local, or a file is in its place.
+  """
+  if not text:
+    raise UserError('give --workdir=DIR, the folder of the run')
+  path = checkpoint.local(text)
+  for part in (path, *path.parents):
+    if part.exists() and not part.is_dir():
+      raise UserError(f'--workdir: {part} is a file, not a folder')
+  return path
+
+
+def own_config(workdir: Path, trust: Iterable[str] = ()) -> ConfigDict | None:
+  """The config of the run in a work directory, None if it holds no run.
+
+  Read from `config.json`, or from the newest checkpoint if that file is missing.
+
+  Raises: UserError if it cannot be read, or the folder holds weights alone.
+  """
+  path = workdir / 'config.json'
+  if path.exists():
+    return read_json(path, trust)
+  if not checkpoint.any_in(workdir):
+    return None
+  if not checkpoint.is_run(workdir):
+    raise UserError(
+      f'{workdir} holds weights and no run; to train from them give '
+      f'--config.init_from={workdir} and another --workdir'
+    )
+  text = checkpoint.read_meta(workdir)['config']
+  return from_json(text, str(workdir), trust)
+
+
+def config_for(
+  name: str,
+  workdir: Path | None,
+  overrides: Iterable[tuple[str, str]] = (),
+  trust: Iterable[str] = (),
+) -> Config:
+  """The config of a command, with its overrides, checked.
+
+  Args:
+    name: as for `config_files.load`; if empty, the config of the run in `workdir`.
+    workdir: a work directory, which need not exist.
+    overrides: dotted keys and the texts of their values.
+    trust: packages whose functions the config of the run may name.
+
+  Raises: UserError if there is no config, or it does not take the overrides.
+  """
+  config = read(name, trust) if name else None
+  if config is None and workdir is not None:
+    config = own_config(workdir, trust)
+    config = config and completed(config)
+  if config is None:
+    raise UserError('give --config=NAME, such as ect:digits, or the --workdir of a run')
+  return overridden(config, overrides)
+
+
+def check_claim(workdir: Path, config: Config) -> None:
+  """Checks that a work directory holds no run, or one with this config.
+
+  Raises: UserError naming what differs, or if it holds weights alone.
+  """
+  old = own_config(workdir)
+  if old is None:
+    return
+  changed = [  # a key that runs did not have then is left out
+    f'{key}: {change}'
+    for key, change in differences(old, config).items()
+    if key.split('.')[1] in old and not may_change(key)
+  ]
+  if changed:
+    raise UserError(
+      f'{workdir} holds a run with another config ({"; ".join(changed[:3])}); '
+      'give that config, or another --workdir'
+    )
+
+
+def write_config(workdir: Path, config: Config) -> None:
+  """Writes `config.json`. Raises: UserError if it cannot be written."""
+  try:
+    new = workdir / 'config.json.new'
+    new.unlink(missing_ok=True)  # it may be a link
+    new.write_text(to_json(config), encoding='utf-8')
+    new.replace(workdir / 'config.json')  # atomic: a kill leaves one of the two
+  except OSError as error:
+    raise UserError(f'--workdir: cannot write {workdir} ({error.strerror})') from error
+
+
+def caught_up(workdir: Path) -> int | None:
+  """The last step of a run that has ended with its pictures and evaluations."""
+  try:
+    return int((workdir / '.ended').read_text(encoding='ascii'))
+  except (OSError, ValueError):
+    return None
+
+
+def mark_caught_up(workdir: Path, step: int) -> None:
+  """Writes what `caught_up` reads: a saved checkpoint cannot be changed."""
+  new = workdir / '.ended.new'
+  new.unlink(missing_ok=True)
+  new.write_text(str(step), encoding='ascii')
+  new.replace(workdir / '.ended')
