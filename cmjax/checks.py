@@ -48,7 +48,10 @@ def whole(least: int, most: int = MAX_COUNT, **values: int) -> None:
 
 
 def wholes(length: int, least: int, most: int, **values: Sequence[int]) -> None:
-  """Raises: ValueError unless a value is <= `length` whole numbers in [least, most]."""
+  """Raises: ValueError unless a value is a sequence of whole numbers.
+
+  A tuple or list of at most `length` entries, each in [least, most].
+  """
 
   def inside(v: Any) -> bool:
     short = isinstance(v, tuple | list) and len(v) <= length

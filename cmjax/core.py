@@ -1,4 +1,4 @@
-"""Types that all modules share: batches, parameters, models, losses, random keys."""
+"""Types and functions that all modules share: batches, models, losses, random keys."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -53,7 +53,7 @@ class Noisy(NamedTuple):
 
 
 class Nets(NamedTuple):
-  """The parameters of an objective; gradients are taken only of `online`."""
+  """The parameters of an objective; gradients are with respect to `online` only."""
 
   online: Params
   target: Params = None  # None: the stop-gradient of `online`
@@ -62,12 +62,12 @@ class Nets(NamedTuple):
   reference: Params = None  # a `fields.Reference`
 
   def target_params(self) -> Params:
-    """theta^-: the target network's, or the stop-gradient of `online`."""
+    """theta^-: those of the target network, or the stop-gradient of `online`."""
     return jax.lax.stop_gradient(self.online if self.target is None else self.target)
 
 
 class Frozen(NamedTuple):
-  """Constants of a training step; arguments of it, so that jit does not embed them."""
+  """Constants of a training step; passed to it, so that jit does not embed them."""
 
   teacher: Params = None
   perceptual: Params = None
@@ -137,6 +137,7 @@ class Loss(Protocol):
     ...
 
 
+# Names of the random keys of a step.
 STREAMS = ('time', 'noise', 'dropout', 'label')
 
 
@@ -154,7 +155,7 @@ def first_line(error: Exception) -> str:
 
 
 def unused(path: Path, suffix: str = '') -> Path:
-  """The path with the suffix; if it exists, with the first free number from 2 on."""
+  """`path` + suffix; if it exists, `path`_N + suffix with the smallest free N >= 2."""
   candidate, number = path.with_name(path.name + suffix), 2
   while candidate.exists():
     candidate, number = path.with_name(f'{path.name}_{number}{suffix}'), number + 1

@@ -12,7 +12,7 @@ from cmjax.core import Array, Params, sum_features
 
 
 class Distance(NamedTuple):
-  """d(a, b), and the power with which it grows near a = b."""
+  """A distance d(a, b), and its degree: it grows as |a - b|^degree near a = b."""
 
   measure: Callable[..., Array]  # (a f32[B, ...], b f32[B, ...]) -> f32[B]
   degree: int  # 2: twice differentiable at a = b; 1: a norm of a - b
@@ -23,9 +23,9 @@ class Distance(NamedTuple):
     return self.measure(a, b)
 
   def bind(self, perceptual: Params) -> 'Distance':
-    """This distance with the parameters of its network, if it has a network.
+    """This distance with the parameters of its network, if it is perceptual.
 
-    Raises: ValueError if it has a network and `perceptual` is None.
+    Raises: ValueError if it is perceptual and `perceptual` is None.
     """
     if not self.perceptual:
       return self
@@ -40,7 +40,7 @@ class Distance(NamedTuple):
 def squared_l2() -> Distance:
   """d(a, b) = |a - b|^2, for a, b f32[B, ...].
 
-  Differs: the sum over features, as Song et al. 2023 print; their code takes the mean.
+  Differs: sums over features, as in Song et al. 2023; their code takes the mean.
   """
   return Distance(lambda a, b: sum_features((a - b) ** 2), degree=2)
 
@@ -80,10 +80,10 @@ def limit_cotangent(distance: Distance, y: Array, defect: Array) -> Array:
 
   For a distance of degree 2 it is G(y) defect, where G is the matrix of second
   derivatives of d(., y) at y: one Hessian-vector product. For a norm it is the norm's
-  gradient at the defect, which does not vanish with the defect: for l2 the unit vector,
-  the tangent normalisation of sCM. y and defect f32[B, ...].
+  gradient at the defect, which does not vanish with the defect: for l2 it is the unit
+  vector, which is the tangent normalisation of sCM. y and defect f32[B, ...].
 
-  Source: Song et al. 2023, theorems 5 and 6 (G); norms: cmjax.
+  Source: Song et al. 2023, theorems 5 and 6 (G); the case of norms is a cmjax choice.
   """
 
   def gradient(a, b):

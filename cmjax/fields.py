@@ -43,9 +43,9 @@ def probability_flow(process: Process, denoiser: Denoiser) -> Field:
 
 
 def guided(with_label: Denoiser, without_label: Denoiser, guidance: float) -> Denoiser:
-  """D_u + guidance (D_c - D_u): classifier-free guidance.
+  """D_u + guidance (D_c - D_u): classifier-free guidance; D_u is without label.
 
-  Source: Ho & Salimans 2022, eq. (6), in EDM2's convention: guidance 1 is D_c.
+  Source: Ho & Salimans 2022, eq. (6), in the convention of EDM2: guidance = 1 is D_c.
   """
 
   def denoiser(x, sigma):
@@ -89,11 +89,11 @@ def model_velocity(
 
 
 class Reference(NamedTuple):
-  """A reference set grouped by class, as stored; held on the device."""
+  """A reference set grouped by class, kept on the device in the dtype of the data."""
 
   examples: Array  # uint8 or f32[K, N, ...], each class padded with zeros to N examples
   counts: Array  # i32[K] number of examples of each class
-  slots: Array  # i32[M] position of each example of the data set in its class, or -1
+  slots: Array  # i32[M] position in its class of each data set example, or -1
   offset: Array  # f32[]; x0 = (stored - offset) * scale
   scale: Array  # f32[]
 
@@ -112,7 +112,7 @@ def stable_denoiser(
   The weights are softmax_i(-|x_t - x_i|^2 / 2 sigma^2) over the examples x_i of the
   same class and the example's own x0, which replaces its stored copy if there is one.
   Where sigma <= `sigma_threshold` the estimate is x0. To bound memory, `block_size`
-  examples are converted to floats at a time, with a running maximum. Inner products are
+  examples are converted to floats at a time (online softmax). Inner products are
   in full float32 precision on all accelerators.
 
   Args:
@@ -157,10 +157,10 @@ def stable_denoiser(
       valid = (positions < count) & (positions != slot)
       logits = jnp.where(valid, logit(x, block, sigma), -jnp.inf)
       new_maximum = jnp.maximum(maximum, jnp.max(logits))
-      decay, weights = jnp.exp(maximum - new_maximum), jnp.exp(logits - new_maximum)
-      new_total = decay * total + jnp.sum(weights)
+      rescale, weights = jnp.exp(maximum - new_maximum), jnp.exp(logits - new_maximum)
+      new_total = rescale * total + jnp.sum(weights)
       added = jnp.matmul(weights, block, precision='highest')
-      return new_maximum, new_total, decay * weighted + added
+      return new_maximum, new_total, rescale * weighted + added
 
     def body(i, carry):
       # The last block may overlap the one before; repeated examples get an invalid

@@ -1,4 +1,4 @@
-"""Optimisers that are missing in optax, as optax gradient transformations."""
+"""Optimisers that optax lacks, as optax gradient transformations."""
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,8 @@ def unit_weights(
 ) -> optax.GradientTransformation:
   """`optimizer` with EDM2's forced weight normalisation after each update.
 
-  Every parameter named `weight` is divided by its root mean square per output channel,
-  the last axis.
+  Every parameter named `weight` is divided by its root mean square over all axes but
+  the last, the output channels.
 
   Source: Karras et al. 2024 (EDM2), eq. (66).
   Differs: EDM2 normalises in the forward pass of training; here it follows the update,

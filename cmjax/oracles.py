@@ -36,7 +36,7 @@ def points(data: np.ndarray) -> Mixture:
 
 
 def ring(modes: int = 6, radius: float = 0.7, std: float = 0.08) -> Mixture:
-  """Equally weighted Gaussians on a circle; by default each axis has deviation 0.5."""
+  """Equally weighted Gaussians on a circle; by default std 0.5 along each axis."""
   angle = 2 * np.pi * np.arange(modes) / modes
   means = radius * np.stack([np.cos(angle), np.sin(angle)], axis=1)
   return Mixture(np.full(modes, 1 / modes), means, np.full(modes, std))
@@ -92,7 +92,7 @@ def consistency(
 
   In closed form for a single Gaussian; otherwise by the classical Runge-Kutta method in
   ln sigma, with an error proportional to num_steps^-4 (1e-10 for 512 steps from
-  sigma = 10, stds near 0.3, float64). Differentiable in x and sigma.
+  sigma = 10 with stds near 0.3, in float64). Differentiable in x and sigma.
 
   Source: Song et al. 2023, section 3; for a Gaussian by separation of variables.
   """
@@ -102,14 +102,14 @@ def consistency(
     return mean[None] + expand(shrink, x) * (x - mean[None])
 
   flow = field(oracle)
-  length = jnp.log(sigma_end / sigma) / num_steps  # f[B], of one step in ln sigma
+  step_size = jnp.log(sigma_end / sigma) / num_steps  # f[B], in ln sigma; negative
 
   def slope(x, log_sigma):
     sigma = jnp.exp(log_sigma)
     return expand(sigma, x) * flow(x, sigma)
 
   def step(i, x):
-    log_sigma = jnp.log(sigma) + i * length
-    return solvers.runge_kutta4(slope, x, log_sigma, log_sigma + length)
+    log_sigma = jnp.log(sigma) + i * step_size
+    return solvers.runge_kutta4(slope, x, log_sigma, log_sigma + step_size)
 
   return jax.lax.fori_loop(0, num_steps, step, x)

@@ -2,7 +2,7 @@
 
 Every model is called on the variance-exploding (VE) process, x = x0 + sigma z, whatever
 process it was trained on, so that all samplers, teachers and oracles work with all
-models. Computations outside the network are in float32, in it in the network's dtype.
+models. Computations are in float32 outside the network, in its own dtype inside.
 """
 
 from typing import NamedTuple
@@ -54,7 +54,7 @@ def consistency(
     c_skip = sigma_data^2 / ((sigma - sigma_min)^2 + sigma_data^2)
     c_out = (sigma - sigma_min) sigma_data / sqrt(sigma^2 + sigma_data^2)
 
-  With sigma_min = 0 this is `edm`. locuslab/ect trains with 0 and samples with 0.003.
+  With sigma_min = 0 this is `edm`. locuslab/ect has 0 in training, 0.003 in sampling.
 
   Raises: ValueError unless sigma_data > 0, sigma_min >= 0 and the network has one time.
 
@@ -99,7 +99,7 @@ class TrigFlow(NamedTuple):
     return self.network.apply(params, x, t, cond, key=key).astype(x.dtype)
 
   def __call__(self, params, x, sigma, cond, /, *, key=None) -> Array:
-    """f f32[B, ...] at x f32[B, ...] of the VE process with noise levels f32[B]."""
+    """f f32[B, ...] at x f32[B, ...] of the VE process and sigma f32[B]."""
     x, t = change_process(VE, self.process, x, sigma)
     v = self.sigma_data * self.raw(params, x / self.sigma_data, t, cond, key=key)
     return expand(jnp.cos(t), x) * x - expand(jnp.sin(t), x) * v
@@ -151,19 +151,19 @@ class TwoTime(NamedTuple):
     *,
     key: Key | None = None,
   ) -> Array:
-    """x f32[B, ...] of the VE process at sigma -> at sigma_end, both f32[B]."""
+    """x at sigma -> x at sigma_end on the VE process: f32[B, ...], sigmas f32[B]."""
     x, t = change_process(VE, LINEAR, x, sigma)
     r = LINEAR.time_of(sigma_end)
     x_r = x - expand(t - r, x) * self.average_velocity(params, x, t, r, cond, key=key)
     return change_process(LINEAR, VE, x_r, r)[0]
 
   def __call__(self, params, x, sigma, cond, /, *, key=None) -> Array:
-    """f f32[B, ...] at x f32[B, ...] of the VE process with noise levels f32[B]."""
+    """f f32[B, ...] at x f32[B, ...] of the VE process and sigma f32[B]."""
     return self.move(params, x, sigma, jnp.zeros_like(sigma), cond, key=key)
 
 
 def two_time(network: Network) -> Model:
-  """A `TwoTime` model, called with t and t - r.
+  """A `TwoTime` model, whose network is called with t and t - r.
 
   Raises: ValueError unless the network has two times.
 

@@ -11,7 +11,7 @@ from cmjax.core import Array, expand
 
 
 class Process(NamedTuple):
-  """A Gaussian process: its two coefficients, and the time of a noise-to-signal ratio.
+  """A forward process: its coefficients, and the time of a noise-to-signal ratio.
 
   All are f32[B] -> f32[B]. `time_of` inverts t -> sigma(t) / alpha(t), the noise level
   sigma of the VE process with the same signal-to-noise ratio.
@@ -50,7 +50,7 @@ def trigflow(sigma_data: float = 0.5) -> Process:
 
 
 def perturb(process: Process, x0: Array, z: Array, t: Array) -> Array:
-  """x_t f32[B, ...] from data and noise f32[B, ...] at times t f32[B]."""
+  """x_t f32[B, ...] from data x0 and noise z, both f32[B, ...], at times t f32[B]."""
   return expand(process.alpha(t), x0) * x0 + expand(process.sigma(t), z) * z
 
 
@@ -111,8 +111,8 @@ def data_of_score(process: Process, x_t: Array, score: Array, t: Array) -> Array
 def data_of_velocity(process: Process, x_t: Array, v: Array, t: Array) -> Array:
   """E[x0 | x_t] from dx/dt of the ODE, all f32[B, ...].
 
-  x_t and v are two linear equations in x0 and z, which are independent at every t of
-  the VE, TrigFlow and linear processes, end points included.
+  x_t and v give two linear equations in x0 and z, which are independent at every t of
+  the VE, TrigFlow and linear processes, endpoints included.
   """
   ones = jnp.ones_like(t)
   alpha, d_alpha = jax.jvp(process.alpha, (t,), (ones,))

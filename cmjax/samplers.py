@@ -19,7 +19,7 @@ from cmjax.times import check_edges, karras
 
 
 class Samples(NamedTuple):
-  """Samples, and their cost."""
+  """Samples, and the number of network evaluations (NFE)."""
 
   x: Array  # f32[B, ...], not clipped
   evaluations: int  # of the network, per sample
@@ -37,7 +37,7 @@ class Sampler(Protocol):
     shape: tuple[int, ...],
     /,
   ) -> Samples:
-    """B samples of the given shape from keys key[B] and one-hot labels f32[B, K]."""
+    """Samples f32[B, *shape] from keys key[B] and one-hot labels f32[B, K]."""
     ...
 
 
@@ -76,10 +76,10 @@ def _check_descending(sigmas: Sequence[float], above: float) -> None:
 
 
 def multistep(*, sigmas: Sequence[float], sigma_min: float = 0.0) -> Sampler:
-  """Multistep consistency sampling: f at sigmas[0], noise of sigmas[1], f, and so on.
+  """Multistep consistency sampling: f at sigmas[0], noise to sigmas[1], f, and so on.
 
-  `sigmas` are descending noise levels, with one evaluation each. The noise has standard
-  deviation sqrt(sigma^2 - sigma_min^2).
+  `sigmas` are descending noise levels, with one evaluation each. The added noise has
+  standard deviation sqrt(sigma^2 - sigma_min^2).
 
   Raises: ValueError if sigmas are empty, do not descend or are not all above sigma_min,
     or if sigma_min < 0.
@@ -121,8 +121,8 @@ def ode(
 ) -> Sampler:
   """Solves the model's probability-flow ODE from sigma_max to 0.
 
-  Steps are on a Karras grid of num_steps points, the last to 0 by Euler. `solver` is
-  'heun' (2 num_steps - 1 evaluations) or 'euler' (num_steps evaluations).
+  The grid is a Karras grid of num_steps points; the last step, to 0, is Euler's.
+  `solver` is 'heun' (2 num_steps - 1 evaluations) or 'euler' (num_steps evaluations).
 
   Raises: ValueError for any other solver, or unless 2 <= num_steps <= 100,000,
     0 < sigma_min < sigma_max and rho > 0.
@@ -188,7 +188,7 @@ def flow_map(*, sigmas: Sequence[float] = (80.0,)) -> Sampler:
   `sigmas` are descending noise levels, with one evaluation each.
 
   Raises: ValueError if sigmas are empty, do not descend or are not positive, or if the
-    model is not a `precond.two_time`.
+    model is not one of `precond.two_time`.
 
   Source: Geng et al. 2025 (MeanFlow), algorithm 2.
   """

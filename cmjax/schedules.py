@@ -58,7 +58,7 @@ def warmup(*, peak: float, batch_size: int, warmup_images: int) -> Schedule:
 def inverse_root(
   *, peak: float, hold_images: int, batch_size: int, rampup_images: int = 0
 ) -> Schedule:
-  """`peak` / sqrt(max(images / hold_images, 1)), with a linear ramp-up as a factor.
+  """`peak` / sqrt(max(images / hold_images, 1)), times a linear ramp-up.
 
   Raises: ValueError unless hold_images > 0, and peak and rampup_images are >= 0.
 
@@ -148,7 +148,7 @@ def relative_gap(
 
   Source: Geng et al. 2024 (ECT); locuslab/ect `loss.py`.
   Differs: the paper has a = floor(images / stage_images), whose first stage is
-    diffusion training; the released code omits it. `smooth` is cmjax's own.
+    diffusion training; the released code omits that stage. `smooth` is a cmjax choice.
   """
   checks.positive(stage_images=stage_images, batch_size=batch_size)
   checks.not_negative(total_images=total_images)
@@ -202,7 +202,7 @@ def adaptive_decay(
 ) -> Schedule:
   """mu(k) = exp(start ln(start_decay) / N(k)), the EMA decay of the target network.
 
-  With `as_released` it is divided by N(k) - 1, as in openai/consistency_models.
+  With `as_released` the divisor is N(k) - 1, as in openai/consistency_models.
 
   Raises: ValueError unless 0 < start_decay < 1 and 1 <= start <= end.
 
@@ -232,7 +232,7 @@ def doubling_num_scales(
   stage_steps = math.floor(total_images // batch_size / stages)
   if stage_steps < 1:
     raise ValueError(
-      f'{stages:.3g} stages do not fit {total_images // batch_size} steps; raise '
+      f'{stages:.3g} stages do not fit in {total_images // batch_size} steps; raise '
       'total_images or start'
     )
 
@@ -266,7 +266,7 @@ def halving_steps(*, start: int, stage_images: int, batch_size: int) -> Schedule
 def copy_at_stages(*, stage_images: int, batch_size: int) -> Schedule:
   """An EMA decay of 0 in the last step of each stage, and of 1 in all others.
 
-  The target network is then the student at the end of the last stage.
+  The target network is thus the student as it was at the end of the previous stage.
 
   Raises: ValueError unless stage_images >= batch_size.
 

@@ -17,15 +17,15 @@ from cmjax.core import Array, Key, Schedule
 
 Times = Callable[[Key, int], Array]  # (key, B) -> t f32[B]
 Pairs = Callable[[Key, int, Array], tuple[Array, Array]]  # (key, B, step) -> t, r
-Index = TypeVar('Index', Array, np.ndarray)  # results are of the same kind
+Index = TypeVar('Index', Array, np.ndarray)  # NumPy in, NumPy out; JAX in, JAX out
 
 
 def karras_at(
   index: Index, n: Array | int, *, sigma_min: float, sigma_max: float, rho: float
 ) -> Index:
-  """Points f32[...] of the n-point Karras grid at f32[...] indices; n may be traced.
+  """Points f32[...] of the n-point Karras grid at indices f32[...]; n may be traced.
 
-  Index 0 is sigma_max, n - 1 is sigma_min.
+  Index 0 is sigma_max, n - 1 is sigma_min; fractional indices lie between grid points.
 
   Source: Karras et al. 2022 (EDM), eq. (5).
   """
@@ -114,7 +114,7 @@ def neighbour(
 
 
 def check_pairs(pairs: Pairs, *, equal: bool = False, above: bool = False) -> None:
-  """Checks 0 <= r < t on 64 draws; with `equal` r <= t, with `above` 0 < r.
+  """Checks 0 <= r < t on 64 draws; `equal` also allows r = t, `above` requires r > 0.
 
   Raises: ValueError with the first pair outside this range.
   """
@@ -154,7 +154,7 @@ def karras_pairs(
   sigma_max: float = 80.0,
   rho: float = 7.0,
 ) -> Pairs:
-  """Neighbours of the Karras grid of num_scales(step) points, drawn uniformly.
+  """Adjacent points of the Karras grid of num_scales(step) points, drawn uniformly.
 
   Raises: ValueError unless 0 < sigma_min < sigma_max and rho > 0.
 
@@ -181,10 +181,10 @@ def lognormal_pairs(
   sigma_max: float = 80.0,
   rho: float = 7.0,
 ) -> Pairs:
-  """Neighbours of the Karras grid of num_scales(step) points, drawn lognormally.
+  """Adjacent points of the Karras grid of num_scales(step) points, drawn lognormally.
 
-  A draw of ln t ~ N(mean, std^2), truncated to [sigma_min, sigma_max], selects the
-  interval of the grid that it falls into. This gives the probabilities of the paper,
+  A draw of t, ln t ~ N(mean, std^2), truncated to [sigma_min, sigma_max], selects the
+  grid interval that it falls into. This gives the probabilities of the paper,
   proportional to erf(upper) - erf(lower), without a table.
 
   Raises: ValueError unless 0 < sigma_min < sigma_max, rho > 0 and std > 0.
@@ -215,7 +215,7 @@ def logit_normal_pairs(
 ) -> Pairs:
   """Times t >= r of the linear process, both logit-normal.
 
-  In the first `equal_fraction` of the rows r = t, where MeanFlow is flow matching.
+  In the first `equal_fraction` of the rows r = t; there MeanFlow is flow matching.
 
   Raises: ValueError unless std > 0 and equal_fraction is in [0, 1].
 
@@ -234,11 +234,11 @@ def logit_normal_pairs(
 
 
 def dyadic_pairs(*, num_steps: int = 128, flow_fraction: float = 0.75) -> Pairs:
-  """t and r of the linear process on a uniform grid, 1/2^i apart.
+  """Grid times t and r of the linear process, 1/2^i apart.
 
   The gaps are 1, 1/2, ..., 2 / num_steps, equally likely; t and r are multiples of the
-  gap. In the first `flow_fraction` of the rows the gap is 1 / num_steps, where shortcut
-  models are trained by flow matching.
+  gap. In the first `flow_fraction` of the rows the gap is 1 / num_steps; there
+  shortcut models are trained by flow matching.
 
   Raises: ValueError unless num_steps is a power of two from 2 to 65,536 and
     flow_fraction is in [0, 1].

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from cmjax import checks
 from cmjax.core import Array
 
-Weighting = Callable[[Array, Array], Array]
+Weighting = Callable[[Array, Array], Array]  # (t, r) -> w, all f32[B]
 
 
 def uniform() -> Weighting:
@@ -19,7 +19,7 @@ def uniform() -> Weighting:
 
 
 def inverse_gap() -> Weighting:
-  """w(t, r) = 1 / (t - r) for r < t, and 0 where r = t, where the loss is zero.
+  """w(t, r) = 1 / (t - r) for r < t, and 0 at r = t, where the loss is zero.
 
   Source: Song & Dhariwal 2023 (iCT); locuslab/ect `loss.py`.
   """
@@ -48,5 +48,5 @@ def truncated_snr() -> Weighting:
 
 
 def inverse_time() -> Weighting:
-  """w(t, r) = 1 / t, for which Theorem 6 is the gradient of MeanFlow at r = 0."""
+  """w(t, r) = 1 / t: with it, Theorem 6 is the gradient of MeanFlow at r = 0."""
   return lambda t, r: 1.0 / t

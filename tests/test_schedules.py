@@ -373,7 +373,7 @@ def test_stages_without_a_step_are_refused(schedule, values):
 
 
 def test_more_stages_than_steps_are_refused():
-  with pytest.raises(ValueError, match=r'8 stages do not fit 7 steps'):
+  with pytest.raises(ValueError, match=r'8 stages do not fit in 7 steps'):
     schedules.doubling_num_scales(batch_size=10, total_images=79)
   schedules.doubling_num_scales(batch_size=10, total_images=80)
 

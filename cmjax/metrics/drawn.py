@@ -12,5 +12,5 @@ class Drawn(NamedTuple):
   """Samples of one sampler."""
 
   x: np.ndarray  # f32[N, ...], clipped to the range of the data
-  labels: np.ndarray | None  # i[N], those the samples were conditioned on
+  labels: np.ndarray | None  # i[N], labels that the samples were conditioned on
   evaluations: int  # of the network, per sample

@@ -1,4 +1,4 @@
-"""The Frechet distance of two sets of features, whatever they are features of."""
+"""The Frechet distance between Gaussian fits of two sets of features."""
 
 import numpy as np
 
@@ -15,7 +15,9 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
   Source: Dowson & Landau 1982; Heusel et al. 2017, eq. (6).
   """
   if not a.ndim == b.ndim == 2 or min(len(a), len(b)) < 2 or a.shape[1] != b.shape[1]:
-    raise ValueError(f'needs f[N >= 2, D] twice, got shapes {a.shape} and {b.shape}')
+    raise ValueError(
+      f'needs f[N >= 2, D] and f[M >= 2, D], got shapes {a.shape} and {b.shape}'
+    )
   a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
   if not (np.all(np.isfinite(a)) and np.all(np.isfinite(b))):
     return float('nan')

@@ -12,8 +12,8 @@ from cmjax.core import LOG_WEIGHT, Array, Key, Network, Params
 
 DTYPES = ('float32', 'bfloat16', 'float16', 'float64')
 
-# Far beyond any published network, and still built within seconds: a config that comes
-# with downloaded weights is not trusted.
+# Limits far beyond any published network, within which a network is built in seconds: a
+# config that comes with downloaded weights is not trusted.
 MAX_WIDTH = 2**16  # channels of a level, or features of a layer
 MAX_BLOCKS = 256  # of an encoder, over all levels
 
@@ -31,7 +31,7 @@ def _fourier_series(params, c_noise):
   return jnp.matmul(waves, params)
 
 
-# Source: the form is a cmjax choice; the idea Karras et al. 2024 (EDM2), section B.
+# Source: Karras et al. 2024 (EDM2), appendix B; the Fourier series is a cmjax choice.
 FOURIER_SERIES = Weighting(lambda key: jnp.zeros(32), _fourier_series)
 
 

@@ -116,7 +116,7 @@ def adm(
 
   Args:
     channels: base width, multiplied by channel_mult at each level.
-    channel_mult: one entry per level; each level halves the resolution.
+    channel_mult: one entry per level; each level but the first halves the resolution.
     num_blocks: residual blocks per level of the encoder; the decoder has one more.
     attention_resolutions: resolutions with self-attention.
     head_channels: channels per attention head.
@@ -136,7 +136,7 @@ def adm(
     -> dtype[B, H, W, C].
 
   Raises: ValueError naming a setting that is invalid; `apply` if H or W cannot be
-    halved once per level.
+    halved at each level but the first.
 
   Source: Dhariwal & Nichol 2021; NVlabs/edm `DhariwalUNet`; openai/consistency_models
     `unet.py`, the same function with other names and another order of q, k and v.

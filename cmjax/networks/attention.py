@@ -7,7 +7,7 @@ from cmjax.core import Array
 
 
 def exact(q: Array, k: Array, v: Array) -> Array:
-  """softmax(q k / sqrt(C)) v: q, k and v f32[B, T, heads, C] -> f32[B, T, heads, C].
+  """softmax(q k^T / sqrt(C)) v: q, k, v f32[B, T, heads, C] -> f32[B, T, heads, C].
 
   Source: Vaswani et al. 2017, eq. (1).
   Differs: from `jax.nn.dot_product_attention`, whose softmax rounds float64 to float32
@@ -30,8 +30,8 @@ def chunked(q: Array, k: Array, v: Array, *, chunk_size: int = 256) -> Array:
   padding = num_chunks * chunk_size - t
   padded = jnp.pad(q, ((0, 0), (0, padding), (0, 0), (0, 0)))
   chunks = jnp.reshape(padded, (b, num_chunks, chunk_size, heads, c))
-  of_chunk = jax.checkpoint(lambda q: exact(q, k, v))
-  out = jnp.moveaxis(jax.lax.map(of_chunk, jnp.moveaxis(chunks, 1, 0)), 0, 1)
+  attend = jax.checkpoint(lambda q: exact(q, k, v))
+  out = jnp.moveaxis(jax.lax.map(attend, jnp.moveaxis(chunks, 1, 0)), 0, 1)
   return jnp.reshape(out, (b, num_chunks * chunk_size, heads, c))[:, :t]
 
 

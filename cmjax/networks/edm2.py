@@ -1,4 +1,4 @@
-"""The magnitude-preserving U-Net of EDM2; equations are of Karras et al. 2024."""
+"""The magnitude-preserving U-Net of EDM2; equations refer to Karras et al. 2024."""
 
 import flax.linen as nn
 import jax
@@ -22,17 +22,17 @@ def normalize(x: Array, axis: tuple[int, ...]) -> Array:
 
 
 def _silu(x):
-  """Eq. (81)."""
+  """SiLU, scaled to preserve magnitude: eq. (81)."""
   return nn.silu(x) / 0.596
 
 
 def _sum(a, b, t):
-  """Eq. (88)."""
+  """Magnitude-preserving (1 - t) a + t b: eq. (88)."""
   return (a + t * (b - a)) / ((1 - t) ** 2 + t**2) ** 0.5
 
 
 def _cat(a, b, t):
-  """Eq. (103)."""
+  """Magnitude-preserving concatenation along the channels: eq. (103)."""
   scale = ((a.shape[-1] + b.shape[-1]) / ((1 - t) ** 2 + t**2)) ** 0.5
   weight_a = scale * (1 - t) / a.shape[-1] ** 0.5
   weight_b = scale * t / b.shape[-1] ** 0.5
@@ -68,9 +68,9 @@ class _Linear(nn.Module):
     weight = _scaled(weight, gain, x.dtype)
     if not self.kernel:
       return jnp.matmul(x, weight)
-    numbers = ('NHWC', 'HWIO', 'NHWC')
+    layout = ('NHWC', 'HWIO', 'NHWC')
     return jax.lax.conv_general_dilated(
-      x, weight, (1, 1), 'SAME', dimension_numbers=numbers
+      x, weight, (1, 1), 'SAME', dimension_numbers=layout
     )
 
 
@@ -231,7 +231,7 @@ def edm2(
 
   Args:
     channels: base width, multiplied by channel_mult at each level.
-    channel_mult: one entry per level; each level halves the resolution.
+    channel_mult: one entry per level; each level but the first halves the resolution.
     num_blocks: residual blocks per level of the encoder; the decoder has one more.
     attention_resolutions: resolutions with self-attention.
     head_channels: channels per attention head.
@@ -252,7 +252,7 @@ def edm2(
     -> dtype[B, H, W, C].
 
   Raises: ValueError naming a setting that is invalid; `apply` if H or W cannot be
-    halved once per level.
+    halved at each level but the first.
 
   Source: Karras et al. 2024 (EDM2), config G; NVlabs/edm2 `networks_edm2.py`.
   Differs: the optimiser keeps weights at unit magnitude, not the network.

@@ -23,7 +23,10 @@ _STD = np.array([0.458, 0.448, 0.450])
 
 
 class _Vgg16(nn.Module):
-  """f32[B, H, W, 3] -> the last features of stage i, f32[B, H / 2^i, W / 2^i, C]."""
+  """f32[B, H, W, 3] -> the last features of each stage, f32[B, H / 2^i, W / 2^i, C].
+
+  i is 0 for stage 1.
+  """
 
   pooling: str
 
@@ -58,9 +61,9 @@ def _unit_norm(x: Array) -> Array:
 def lpips(*, pooling: str = 'max', resize: int = 224) -> Distance:
   """LPIPS with VGG16: measure(params, f32[B, H, W, 3] twice, in [-1, 1]) -> f32[B].
 
-  The squared difference of unit features after relu1_2, 2_2, 3_3, 4_3 and 5_3, weighted
-  by the heads, averaged over pixels, and summed over the five. Images with a side
-  smaller than `resize` are first resized to that height and width; 0 disables it.
+  The squared difference of unit-norm features after relu1_2, 2_2, 3_3, 4_3 and 5_3,
+  weighted by the heads, averaged over pixels, and summed over the five. Images with a
+  side smaller than `resize` are first resized to that height and width; 0 disables it.
   `params` has the structure of `init`. Float64 images stay float64. Twice
   differentiable in forward and reverse mode, also at zero features and at a = b.
 
@@ -93,7 +96,7 @@ def lpips(*, pooling: str = 'max', resize: int = 224) -> Distance:
   def measure(params, a, b):
     if a.shape != b.shape or a.ndim != 4 or a.shape[-1] != 3:
       raise ValueError(
-        'lpips: images must be two arrays [B, H, W, 3] of one shape, got '
+        'lpips: images must be two arrays [B, H, W, 3] of the same shape, got '
         f'{a.shape} and {b.shape}'
       )
     if not jnp.issubdtype(jnp.result_type(a, b), jnp.floating):

@@ -168,12 +168,12 @@ def songunet(
 
   Args:
     channels: base width, multiplied by channel_mult at each level.
-    channel_mult: one entry per level; each level halves the resolution.
+    channel_mult: one entry per level; each level but the first halves the resolution.
     num_blocks: residual blocks per level of the encoder; the decoder has one more.
     attention_resolutions: resolutions with self-attention.
-    embedding: of c_noise, 'positional' or 'fourier'.
+    embedding: kind of c_noise embedding, 'positional' or 'fourier'.
     residual_input: whether the downsampled input image is added at each level.
-    taps: resampling filter, an even number of taps.
+    taps: coefficients of the resampling filter, an even number.
     augment: columns of cond after the labels that describe the augmentation; zeros if
       omitted. EDM has 9 for CIFAR-10.
     dropout: dropout rate in the blocks, active only if `apply` gets a key.
@@ -190,7 +190,7 @@ def songunet(
     -> dtype[B, H, W, C].
 
   Raises: ValueError naming a setting that is invalid; `apply` if H or W cannot be
-    halved once per level.
+    halved at each level but the first.
 
   Source: Song et al. 2021 (score SDE), DDPM++ and NCSN++; NVlabs/edm `SongUNet`.
   """
@@ -212,7 +212,7 @@ def songunet(
   checks.wholes(64, 0, 2**16, taps=taps)
   checks.whole(0, 2**10, augment=augment)
   if len(taps) % 2 or not any(taps):
-    raise ValueError(f'taps must be an even number of taps, not all 0; got {taps}')
+    raise ValueError(f'taps must have an even number of entries, not all 0; got {taps}')
   options = unet.BlockOptions(
     epsilon=1e-6,
     skip_scale=0.5**0.5,

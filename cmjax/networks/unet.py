@@ -128,7 +128,7 @@ def check_settings(
 
 
 def check_heads(channels: int, head_channels: int) -> None:
-  """Raises ValueError unless channels divide into heads of `head_channels`."""
+  """Raises ValueError unless one of the two is a multiple of the other."""
   checks.whole(1, adapter.MAX_WIDTH, head_channels=head_channels)
   if channels % head_channels and head_channels % channels:
     raise ValueError(
@@ -258,10 +258,10 @@ def group_norm(name: str, x: Array, epsilon: float, dtype: str) -> Array:
 
 
 class _GroupNorm(nn.Module):
-  """flax's, with the same parameters, but averages over pixels before channels.
+  """`flax.linen.GroupNorm`, but averages over pixels before channels.
 
-  So no array ends in the few channels of a group, which would leave vector units (SIMD
-  of a CPU, lanes of a TPU) mostly empty.
+  Thus no array has the few channels of a group as its last axis, which would leave the
+  vector units (SIMD of a CPU, lanes of a TPU) mostly empty. Parameters are the same.
   """
 
   epsilon: float

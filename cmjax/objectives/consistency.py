@@ -106,7 +106,7 @@ def ect(
   k: float = 8.0,
   b: float = 1.0,
 ) -> Loss:
-  """Easy Consistency Tuning: `ct` with r(t, step) that moves from 0 to t in training.
+  """Easy Consistency Tuning: `ct` with r(t, step) that approaches t during training.
 
   r is `times.neighbour` of t at relative_gap(step), k and b. The paper has no target
   network: f^- is the stop-gradient of f.
@@ -131,8 +131,9 @@ def ict(
   sigma_max: float = 80.0,
   rho: float = 7.0,
 ) -> Loss:
-  """Improved consistency training: `ct`, lognormal t, pseudo-Huber, w = 1 / (t - r).
+  """Improved consistency training (iCT).
 
+  `ct` with lognormal t, the pseudo-Huber distance and w = 1 / (t - r).
   In the paper c = 0.00054 sqrt(features), and f^- is the stop-gradient of f.
 
   Raises: ValueError unless 0 < sigma_min < sigma_max, rho > 0, std > 0 and c >= 0.
@@ -201,8 +202,8 @@ def stable_ct(
   Raises: ValueError unless all pairs have 0 <= r < t, edges are positive and ascend,
     sigma_threshold >= 0 and block_size >= 1, or without a reference set.
 
-  Source: Wang et al. 2024 (Stable Consistency Tuning), sections 4.1 to 4.4; their
-    equations are not public, the estimator is that of Xu et al. 2023 (STF), eq. (6).
+  Source: Wang et al. 2024 (Stable Consistency Tuning), sections 4.1 to 4.4, with the
+    estimator of Xu et al. 2023 (STF), eq. (6).
   """
   check_edges(edges)
   checks.not_negative(sigma_threshold=sigma_threshold)
@@ -214,7 +215,7 @@ def stable_ct(
     if nets.reference is None:
       raise ValueError('stable_ct needs a reference set, and Nets.reference is None')
     if batch.indices is None:
-      raise ValueError('stable_ct needs the positions of examples, Batch.indices')
+      raise ValueError('stable_ct needs Batch.indices, the positions of the examples')
     denoiser = stable_denoiser(
       nets.reference,
       batch.x0,

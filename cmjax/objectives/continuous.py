@@ -1,8 +1,8 @@
 """Continuous-time consistency objectives: df/dt must vanish along the ODE.
 
-df/dt along a field is one `jax.jvp`. These are limits of the discrete-time objectives
-for fine grids, in the sense of Theorems 3 to 6 of Song et al. 2023. The process is
-variance exploding, x_t = x0 + t z, so t is the noise level sigma.
+df/dt along a field is one `jax.jvp`. These are the limits of the discrete-time
+objectives as the grid grows, in the sense of Theorems 3 to 6 of Song et al. 2023. The
+process is variance exploding, x_t = x0 + t z, so t is the noise level sigma.
 """
 
 from typing import Protocol
@@ -129,15 +129,15 @@ def _continuous(
   distance: Distance,
   weighting: Weighting,
 ) -> Loss:
-  """The kernel with random times and noise.
+  """The loss of a kernel at random times and noise.
 
   Raises: ValueError unless the weighting is positive and finite at r = t.
   """
   one = jnp.ones(1)
   if not 0 < float(weighting(one, one)[0]) < float('inf'):
     raise ValueError(
-      'the weighting vanishes or is infinite where r = t, as everywhere in continuous '
-      'time; use weightings.uniform'
+      'the weighting vanishes or is infinite where r = t, which is everywhere in '
+      'continuous time; use weightings.uniform'
     )
 
   def loss(nets, batch, step, keys):
@@ -195,9 +195,9 @@ def theorem4(
   weighting: Weighting,
   guidance: float = 1.0,
 ) -> Loss:
-  """Continuous-time distillation by `true_loss` with a norm: l1, or l2.
+  """Continuous-time distillation by `true_loss` with a norm, l1 or l2.
 
-  l2 is pseudo_huber with c = 0.
+  l2 is `pseudo_huber` with c = 0.
 
   Raises: ValueError for a distance of degree 2, unless the weighting is positive and
     finite at r = t, or if guidance is not 1 and there are no labels.

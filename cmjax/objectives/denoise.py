@@ -29,8 +29,9 @@ def edm(
 ) -> Loss:
   """Denoising score matching with the weighting of EDM.
 
-  Labels are dropped with probability `label_dropout`, which guidance needs. For a model
-  of `precond.trigflow` it is the TrigFlow diffusion loss, up to a factor sigma_data^2.
+  Labels are dropped with probability `label_dropout`, as guidance requires. For a
+  model of `precond.trigflow` this is the TrigFlow diffusion loss, up to a factor
+  sigma_data^2.
 
   Raises: ValueError unless sigma_data > 0 and 0 <= label_dropout < 1, or if
     label_dropout > 0 and there are no labels.

@@ -120,8 +120,8 @@ def meanflow(
     pairs: t and r <= t.
     power: exponent of the adaptive weighting, see `meanflow_loss`.
     c: offset of the adaptive weighting.
-    guidance: if not 1, v is guidance v + (1 - guidance) u(x, t, t | no label), for
-      examples whose label is not dropped.
+    guidance: if not 1, v becomes guidance v + (1 - guidance) u(x, t, t | no label)
+      for examples whose label is not dropped.
     label_dropout: probability of dropping a label.
     marginal_tangent: differentiate along u(x, t, t), the model's estimate of the
       marginal velocity, which has less variance than the conditional velocity.
@@ -181,7 +181,7 @@ def shortcut(f: Model, *, num_steps: int = 128, flow_fraction: float = 0.75) -> 
   """Shortcut models: one step must equal two half steps of the target network.
 
   Steps of length 1 / num_steps are trained by flow matching, on `flow_fraction` of the
-  rows; steps of 2, 4, ... times that length by `shortcut_loss`.
+  batch; steps of 2, 4, ... times that length by self-consistency.
 
   Raises: ValueError unless f is a `precond.two_time`, num_steps is a power of two from
     2 to 65,536 and flow_fraction is in [0, 1].

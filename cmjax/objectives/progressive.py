@@ -26,9 +26,9 @@ def progressive_loss(
   distance: Distance,
   weighting: Weighting,
 ) -> LossOut:
-  """w(t, r) d(D(x_t, t), sg x0'), with x0' such that one Euler step leads to x_r.
+  """w(t, r) d(D(x_t, t), sg x0'), where one Euler step with x0' as D leads to x_r.
 
-  x_r follows from two Euler steps of the teacher, `nets.target`, from t to `middle` and
+  x_r results from two Euler steps of the teacher, `nets.target`, from t to `middle` and
   from there to r, all f32[B] with r < middle < t.
 
   Source: Salimans & Ho 2022, algorithm 2; Song et al. 2023, appendix on baselines.
@@ -56,7 +56,7 @@ def pd(
 
   The teacher is the target network, whose decay must be `schedules.copy_at_stages`
   with the same stages as `num_steps`. Start from the parameters of a diffusion model. f
-  is a denoiser; sample it by `samplers.ode` with the Euler solver.
+  is a denoiser; sample it by `samplers.ode` with solver 'euler'.
 
   Raises: ValueError unless 0 < sigma_min < sigma_max and rho > 0, or without a target
     network.

@@ -79,14 +79,14 @@ def scm_loss(
   velocity_error = -expand(cos**2, v) * (sigma_data * y_target - v)
   curvature = expand(scale, x_t) * x_t + sigma_data * dy
   g = jax.lax.stop_gradient(velocity_error - warmup * curvature)
-  length = jnp.sqrt(sum_features(g**2))
+  norm = jnp.sqrt(sum_features(g**2))
   if normaliser is not None:
-    g = g / (expand(length, g) + normaliser)
+    g = g / (expand(norm, g) + normaliser)
   loss = sum_features((y - y_target - g) ** 2) / (y.size / len(y))
   if f.network.log_weight is not None:
     w = f.network.log_weight(nets.online, t)
     loss = jnp.exp(w) * loss - w
-  return LossOut(loss, {'sigma': sigma_data * jnp.tan(t), 'tangent': length})
+  return LossOut(loss, {'sigma': sigma_data * jnp.tan(t), 'tangent': norm})
 
 
 def _trigflow(f: Model) -> TrigFlow:
@@ -121,7 +121,7 @@ def sct(f: Model, *, times: Times, warmup: Schedule, normaliser: float = 0.1) ->
   """Simplified consistency training (sCT).
 
   `times` draws noise levels sigma, which are converted to angles. `warmup` rises from 0
-  to 1. If the network has a `log_weight`, the weighting is learned.
+  to 1, see `scm_loss`. If the network has a `log_weight`, the weighting is learned.
 
   Raises: ValueError unless f is a `precond.trigflow` and normaliser > 0.
 
@@ -140,7 +140,7 @@ def scd(
   normaliser: float = 0.1,
   guidance: float = 1.0,
 ) -> Loss:
-  """Simplified consistency distillation (sCD), of a teacher of any process.
+  """Simplified consistency distillation (sCD), of a teacher on any process.
 
   Other arguments are those of `sct`.
 

@@ -21,22 +21,22 @@ def discrete_limit(
   sigma_min: float = 0.01,
   sigma_max: float = 10.0,
 ) -> Study:
-  """Relative distance of the discrete gradient to its limit, by the grid size N.
+  """Relative distance between the discrete gradient and its limit, by grid size N.
 
   The discrete gradient is that of consistency training on a Karras grid of N noise
   levels, for the same data and noise at every N. With squared l2, N - 1 times it is
-  compared to the gradient of Theorem 6 at the lower time of the pair; with the l2 norm,
-  the gradient itself to that along the normalised tangent. For large N, float32
-  rounding dominates.
+  compared with the gradient of Theorem 6 at the lower time of the pair; with the l2
+  norm, the gradient itself is compared with that along the normalised tangent. For
+  large N, float32 rounding dominates.
 
-  Raises: ValueError if there is no N or one below 2, num_samples < 1, or unless
-    0 < sigma_min < sigma_max.
+  Raises: ValueError if num_scales is empty or has an N below 2, if num_samples < 1, or
+    unless 0 < sigma_min < sigma_max.
 
   Source: Song et al. 2023, theorem 6.
   """
   checks.whole(1, num_samples=num_samples)
   if not num_scales:
-    raise ValueError('num_scales must be at least one')
+    raise ValueError('num_scales must not be empty')
   for n in num_scales:
     checks.whole(2, num_scales=n)
   times.check_grid(sigma_min, sigma_max, rho=7.0)
@@ -60,7 +60,7 @@ def discrete_limit(
     return jax.jit(jax.grad(value))(subject.nets.online)
 
   r, dt_du = jax.jvp(time, (u,), (jnp.ones_like(u),))
-  # Column, distance, weighting of the limit, and the factor that keeps it finite.
+  # Column, distance, weighting of the limit, and the scale of the discrete gradient.
   cases = (
     ('squared_l2', distances.squared_l2(), lambda t, r: dt_du, lambda n: n - 1),
     ('l2', distances.pseudo_huber(), weightings.uniform(), lambda n: 1),
@@ -95,9 +95,9 @@ def discrete_limit(
     ('squared_l2', 'l2'),
     {
       'N': 'noise levels of the Karras grid',
-      'squared_l2': 'squared l2: relative distance of (N - 1) times the gradient to '
-      'that of Theorem 6',
-      'l2': 'l2 norm: relative distance of the gradient to that along the normalised '
+      'squared_l2': 'squared l2: relative distance of (N - 1) times the gradient '
+      'from that of Theorem 6',
+      'l2': 'l2 norm: relative distance of the gradient from that along the normalised '
       'tangent',
     },
   )

@@ -15,11 +15,11 @@ def gradient_noise(
 ) -> Study:
   """Signal and noise of the gradient of the objective, by noise level.
 
-  The loss is split by the noise level of its examples into bins that are even in
-  ln sigma. Over `num_batches` batches, `signal` is the norm of the mean gradient of a
-  bin and `noise` the root mean square distance of one batch's gradient from it. The
-  signal is corrected for the noise of the mean, and is 0 where that exceeds it. The
-  schedules of the loss are those of `subject.step`.
+  The loss is split by the noise level of its examples into bins of equal
+  width in ln sigma. Over `num_batches` batches, `signal` is the norm of the mean
+  gradient of a bin and `noise` the root mean square distance of one batch's gradient
+  from it. The signal is corrected for the noise of the mean, and is 0 where that noise
+  is larger. The schedules of the loss are evaluated at `subject.step`.
 
   Raises: ValueError if num_bins < 1 or num_batches < 2, or there is no objective.
   """
@@ -85,6 +85,6 @@ def gradient_noise(
       'signal': f'norm of the mean gradient of the bin over {num_batches} batches',
       'noise': "root mean square distance of one batch's gradient from the mean",
       'snr': 'signal / noise; 0 where the signal is not resolved',
-      'fraction': 'of the examples that are in the bin',
+      'fraction': 'fraction of the examples that fall in the bin',
     },
   )

@@ -17,18 +17,18 @@ def jvp_precision(
   num_samples: int = 32,
   widths: Sequence[float] = (1e-1, 1e-2, 1e-3),
 ) -> Study:
-  """Relative error of df/dt, by `jax.jvp` and by central differences of width h t.
+  """Relative error of t df/dt, by `jax.jvp` and by central differences of step h t.
 
   The reference is `jax.jvp` in float64. Derivatives are along x_t = x0 + t z for fixed
   x0 and z, at lognormal t. One row per h; the error of `jax.jvp`, which does not depend
   on h, is repeated in each.
 
-  Raises: ValueError if the model has only one dtype, num_samples < 1, or the widths are
-    empty or outside (0, 1).
+  Raises: ValueError if the dtype of the model cannot be set, num_samples < 1, or the
+    widths are empty or outside (0, 1).
   """
   checks.whole(1, num_samples=num_samples)
   if not widths or not all(0 < h < 1 for h in widths):
-    raise ValueError(f'widths must be in (0, 1), and at least one, got {tuple(widths)}')
+    raise ValueError(f'widths must be in (0, 1) and not empty, got {tuple(widths)}')
   in_dtype = subject.in_dtype
   if in_dtype is None:
     raise ValueError('jvp_precision needs a network with a `dtype`')
@@ -70,8 +70,10 @@ def jvp_precision(
   rows = [
     {'h': float(h)} | {dtype: error(dtype, h) for dtype in dtypes} | jvp for h in widths
   ]
-  columns = {'h': 'width of the differences, relative to t'}
-  columns |= {dtype: f'relative error of differences in {dtype}' for dtype in dtypes}
+  columns = {'h': 'step of the differences, relative to t'}
+  columns |= {
+    dtype: f'relative error of central differences in {dtype}' for dtype in dtypes
+  }
   columns |= {
     f'{dtype}_jvp': f'relative error of jax.jvp in {dtype}' for dtype in dtypes
   }

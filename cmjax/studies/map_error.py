@@ -37,10 +37,10 @@ def map_error(
     oracle: the distribution of its data.
     sigma_min: lowest noise level.
     sigma_max: highest noise level.
-    num_sigmas: number of noise levels, evenly in ln sigma.
-    num_samples: at each noise level.
-    s: the noise level that the exact map ends at.
-    num_steps: of the ODE solver of the exact map.
+    num_sigmas: number of noise levels, evenly spaced in ln sigma.
+    num_samples: number of samples at each noise level.
+    s: noise level at which the exact map ends.
+    num_steps: number of steps of the ODE solver of the exact map.
 
   Raises: ValueError unless 0 < sigma_min <= sigma_max, s > 0 and all counts are
     positive.

@@ -32,14 +32,14 @@ class Study(NamedTuple):
   rows: list[dict[str, float]]
   x: str  # the column of the horizontal axis
   ys: tuple[str, ...]  # the columns to plot against it
-  columns: dict[str, str]  # the meaning of each in one line, in the order of the rows
+  columns: dict[str, str]  # the meaning of each column in one line, in order
 
 
 SIGMA_COLUMN = 'noise level, in units of the data'
 
 
 def sigmas(sigma_min: float, sigma_max: float, num_sigmas: int) -> np.ndarray:
-  """Noise levels f64[num_sigmas] from sigma_min to sigma_max, evenly in ln sigma.
+  """Noise levels f64[num_sigmas] from sigma_min to sigma_max, log-spaced.
 
   Raises: ValueError unless 0 < sigma_min <= sigma_max and num_sigmas >= 1.
   """
@@ -74,7 +74,7 @@ def study(
   ys: Sequence[str],
   columns: Mapping[str, str],
 ) -> Study:
-  """A study whose rows follow the order of `columns`; columns they lack are dropped."""
+  """A study whose rows follow the order of `columns`; unused columns are dropped."""
   ordered = [{name: row[name] for name in columns if name in row} for row in rows]
   columns = {name: text for name, text in columns.items() if name in ordered[0]}
   return Study(title, ordered, x, tuple(y for y in ys if y in columns), columns)

@@ -79,10 +79,10 @@ def _tangents(
 
   def stable(key):
     index_key, subset_key = jax.random.split(key)
-    always = posterior_index(index_key)
+    drawn = posterior_index(index_key)
     fraction = min(subset_size / len(data), 1.0)
     subset = jax.random.bernoulli(subset_key, fraction, (len(data),))
-    subset = subset[None, :] | (jnp.arange(len(data))[None, :] == always[:, None])
+    subset = subset[None, :] | (jnp.arange(len(data))[None, :] == drawn[:, None])
     return tangent(posterior_mean(jnp.where(subset, logits, -jnp.inf)))
 
   teacher = None
@@ -111,8 +111,9 @@ def tangents(
   All columns are root mean squares of t df/dt, the change of f per unit of ln t.
   `defect` is along the posterior mean over all data. The others are differences from
   it: `conditional` along single examples drawn from the posterior, as in consistency
-  training; `stable` along means over about `subset_size` random examples and one of the
-  posterior, as in Stable Consistency Tuning; `teacher` along the field of the teacher.
+  training; `stable` along means over about `subset_size` random examples and one drawn
+  from the posterior, as in Stable Consistency Tuning; `teacher` along the field of the
+  teacher.
 
   Raises: ValueError unless 0 < sigma_min <= sigma_max and all counts are positive.
   """
@@ -146,7 +147,7 @@ def tangents(
       'sigma': SIGMA_COLUMN,
       'defect': 'root mean square of t df/dt along the ODE of all data; the exact map '
       'has 0',
-      'conditional': 'root mean square deviation from it along single examples',
+      'conditional': 'root mean square difference from it along single examples',
       'stable': f'the same along means over about {subset_size} examples',
       'teacher': 'the same along the field of the teacher',
     },
@@ -163,11 +164,11 @@ def normalised_bias(
   num_samples: int = 64,
   num_draws: int = 64,
 ) -> Study:
-  """The bias of normalised tangents: |E[g / (|g| + c)]|, which E[g] = 0 does not bound.
+  """The bias of normalised tangents: |E[g / (|g| + c)]|, also where E[g] = 0.
 
   g is t df/dt along single examples drawn from the posterior. `length` is the norm of
-  the mean above, `cosine` the cosine between it and the exact tangent, and `floor` the
-  norm that the mean of `num_draws` random unit vectors has.
+  this mean, `cosine` the cosine between the mean and the exact tangent, and `floor` the
+  norm of the mean of `num_draws` random unit vectors.
 
   Raises: ValueError unless c >= 0, 0 < sigma_min <= sigma_max and all counts are
     positive.
