@@ -26,8 +26,8 @@ def command() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs a command line, `sys.argv` by default, and returns its exit code.
 
-  A user's mistake is one line on stderr and code 2. An error in a function of the
-  user's keeps its traceback, from the first line of their code.
+  A user's mistake is one line on stderr and code 2. An error in the user's own code
+  keeps its traceback, from the first line of that code.
   """
   flags = None
   try:

@@ -40,7 +40,7 @@ from cmjax.runtime.workdir import caught_up, check_claim, mark_caught_up, write_
 
 Step = Callable[[TrainState, Frozen, Batch], tuple[TrainState, dict[str, Array]]]
 # Called with (run, params, step, log, check) every `config.every.NAME_steps` steps (0:
-# never) and after the last. Preemption ends it: `check` raises `preemption.Preempted`.
+# never) and after the last. `check` raises `preemption.Preempted` after a notice.
 Hook = Callable[[Run, Params, int, logs.RunLog, Callable[[], None]], None]
 
 
@@ -125,7 +125,7 @@ def averages(
 ) -> tuple[Params, dict[str, Params]]:
   """The target network and the EMAs after an update to `params`."""
 
-  def average(old, decay):  # optax.incremental_update rounds in another way
+  def average(old, decay):  # optax.incremental_update rounds differently
     weight = 1.0 - decay(state.step)
     return jax.tree.map(lambda a, p: a + weight * (p - a), old, params)
 
@@ -196,7 +196,7 @@ def train(run: Run, workdir: str | Path, hooks: Mapping[str, Hook]) -> TrainStat
 
 
 class _Services(NamedTuple):
-  """Outputs of the loop, and what watches over it."""
+  """What the loop writes to, and what monitors it."""
 
   checkpoints: checkpoint.Checkpoints
   log: logs.RunLog
@@ -275,7 +275,7 @@ def _loop(
       due = run_hooks(step, due)
     if due or (not last and notice.given()):
       return save_and_stop(step, due)
-    # After the hooks: if a hook is killed at the last step, that step is repeated.
+    # After the hooks: if a hook at the last step is killed, that step is repeated.
     if last or step % every.checkpoint_steps == 0:
       save([])
   check_learned(losses, [s for s in skipped if s > start], total - start)

@@ -257,7 +257,7 @@ BAD_OVERRIDES = {
   'batch_size=1e3': "--config.batch_size=1e3: must be int, got '1e3'",
   'network.log_weight=2': "--config.network.log_weight=2: must be bool, got '2'",
   'network=5': '--config.network: has keys of its own; set one of ',
-  'seed.x=5': '--config.seed.x: config.seed is a value, without keys',
+  'seed.x=5': '--config.seed.x: config.seed is a value and has no keys',
   'seed=': "--config.seed=: must be int, got ''",
   f'seed={"9" * 100_000}': '--config.seed=9999',
   '=5': '--config.: unknown key',

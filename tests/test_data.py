@@ -412,9 +412,9 @@ BAD_NPZ = {
   ),
   'one image alone': (dict(images=images_of(1)[0]), r'one image is images\[None\]'),
   'no pixels': (dict(images=np.zeros((2, 0, 5, 3), np.uint8)), r'shape \(2, 0, 5, 3\)'),
-  'infinite': (dict(images=np.full((2, 3), np.inf)), r'leave \[-1, 1\]'),
+  'infinite': (dict(images=np.full((2, 3), np.inf)), r'outside \[-1, 1\]'),
   'one not a number': (dict(images=np.array([[0, 0.5], [np.nan, 1]])), 'not numbers'),
-  'beyond float32': (dict(images=np.full((2, 3), 1e300)), r'leave \[-1, 1\]'),
+  'beyond float32': (dict(images=np.full((2, 3), 1e300)), r'outside \[-1, 1\]'),
   'complex': (dict(images=np.zeros((2, 3), complex)), 'complex128; store uint8'),
   'labels of another data set': (
     dict(images=images_of(3), labels=np.array([0, 1, 10**9])),
@@ -426,9 +426,12 @@ BAD_NPZ = {
   ),
   'no images': (dict(pixels=images_of(2)), r"no 'images'.*\['pixels'\]"),
   'object array': (dict(images=np.array([1, 'a'], object)), 'cannot read'),
-  'out of range': (dict(images=np.full((2, 3), 1.01)), r'leave \[-1, 1\].*store uint8'),
+  'out of range': (
+    dict(images=np.full((2, 3), 1.01)),
+    r'outside \[-1, 1\].*store uint8',
+  ),
   'not numbers': (dict(images=np.full((2, 3), np.nan)), 'not numbers'),
-  'integers to 255': (dict(images=np.full((2, 3), 255)), r'leave \[-1, 1\]'),
+  'integers to 255': (dict(images=np.full((2, 3), 255)), r'outside \[-1, 1\]'),
   'nothing in it': (dict(images=images_of(0)), r'shape \(0, 2, 2, 3\)'),
   'a number': (dict(images=np.uint8(1)), r'shape \(\)'),
   'a list': (dict(images=images_of(2)[:, 0, 0, 0]), r'shape \(2,\)'),
@@ -788,13 +791,15 @@ def test_a_data_set_without_its_records_is_refused(tmp_path):
   ],
 )
 def test_a_name_that_tfds_would_look_for_elsewhere_is_refused(name, tmp_path):
-  with pytest.raises(UserError, match=r'config\.data\.name.*is no TFDS name') as error:
+  with pytest.raises(
+    UserError, match=r'config\.data\.name.*is not a TFDS name'
+  ) as error:
     tfds(name=name, data_dir=str(tmp_path))
   assert '\n' not in str(error.value)
 
 
 def test_data_in_a_bucket_is_refused(tmp_path):
-  with pytest.raises(UserError, match='gs://sets is not in a local or mounted folder'):
+  with pytest.raises(UserError, match='gs://sets is not a local or mounted folder'):
     tfds(name='cifar10', data_dir='gs://sets')
   with pytest.raises(UserError, match=r'gs://sets/x\.npz.*neither'):
     from_path(path='gs://sets/x.npz')

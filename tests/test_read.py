@@ -540,7 +540,7 @@ def test_a_native_file_is_written_once(tmp_path):
   write.safetensors(path, {'a': {'b': np.arange(3.0)}}, OURS)
   assert leftovers(path) == ['a.safetensors']
   before = path.read_bytes()
-  with pytest.raises(UserError, match='exists already'):
+  with pytest.raises(UserError, match='already exists'):
     write.safetensors(path, {'a': {'b': np.zeros(3)}}, OURS)
   assert (leftovers(path), path.read_bytes()) == (['a.safetensors'], before)
   file = read.read(path)

@@ -7,7 +7,7 @@ from cmjax.data.source import Source
 
 
 def digits(*, conditional: bool = True) -> Source:
-  """1,797 scans of handwritten digits, 8x8, which scikit-learn ships: no download.
+  """1,797 scans f32[8, 8, 1] of handwritten digits, which ship with scikit-learn.
 
   x0 has mean 0 and standard deviation 0.5, inside [-0.41, 0.93].
 

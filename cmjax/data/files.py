@@ -1,4 +1,4 @@
-"""Data of the user: an `.npz` file, or a folder of images."""
+"""The user's own data: an `.npz` file, or a folder of images."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,12 +16,13 @@ IMAGE_SUFFIXES = {'.png', '.jpg', '.jpeg', '.bmp', '.webp'}
 
 
 def from_path(*, path: str, conditional: bool = False, flip: bool = False) -> Source:
-  """Images or points of an `.npz` file, or the images of a folder.
+  """Images or points from an `.npz` file, or images from a folder.
 
   An `.npz` has `images`: uint8[N, H, W, C], or f32[N, H, W, C] or f32[N, D] in [-1, 1];
   with `conditional`, also `labels` i[N], counted from 0. A folder is searched
   recursively, symbolic links included; all images have one size and are converted to
   RGB. With `conditional`, the class of an image is the sub-folder of `path` it is in.
+  With `flip`, each image of a batch is mirrored left to right with probability 1/2.
 
   Raises: UserError if the path has no images, they differ in size, values leave
     [-1, 1], labels are missing, or the images do not fit into memory.

@@ -17,7 +17,7 @@ def points(
   """
   if not 1 <= num_samples <= MAX_EXAMPLES:
     raise ValueError(f'needs 1 <= {num_samples=} <= {MAX_EXAMPLES}')
-  # Drawing a sample takes one number per mode, the noise and the sample itself.
+  # In float32; drawing a sample takes one number per mode, noise and the sample.
   size = 4 * num_samples * (oracle.weights.size + 2 * oracle.means.shape[1])
   if size > sharding.host_memory():
     raise ValueError(f'{num_samples=} do not fit into memory')

@@ -47,7 +47,7 @@ def checked_images(images: np.ndarray, what: str) -> np.ndarray:
     raise UserError(f'{what} are {images.dtype}; store uint8 or float32')
   is_uint8 = images.dtype == np.uint8
   if not images.size or images.ndim not in ((4,) if is_uint8 else (2, 4)):
-    hint = '; one image is images[None], grey ones are images[..., None]'
+    hint = '; one image is images[None], grey images are images[..., None]'
     raise UserError(
       f'{what} have shape {images.shape}; store uint8 as [N, H, W, C], float32 as '
       f'that or [N, D]{hint if images.ndim == 3 else ""}'
@@ -57,7 +57,7 @@ def checked_images(images: np.ndarray, what: str) -> np.ndarray:
     if images.shape[1] in (1, 3):
       hint = 'move the channels last: np.moveaxis(images, 1, -1)'
     raise UserError(
-      f'{what} have shape {images.shape}, which is {images.shape[3]} channels; {hint}'
+      f'{what} have shape {images.shape}, with {images.shape[3]} channels; {hint}'
     )
   if not is_uint8:
     with np.errstate(over='ignore'):  # infinity is refused below
@@ -65,6 +65,6 @@ def checked_images(images: np.ndarray, what: str) -> np.ndarray:
     # Written so that NaN fails too.
     if not (images.min() >= -1 and images.max() <= 1):
       raise UserError(
-        f'{what} leave [-1, 1] or are not numbers; store uint8, or scale them'
+        f'{what} are outside [-1, 1] or not numbers; store uint8, or scale them'
       )
   return images

@@ -35,7 +35,7 @@ def reference(source: Source, *, per_class: int = 0, seed: int = 0) -> Reference
   for rows, index in zip(examples, buckets):
     rows[: len(index)] = source.examples[index]
     slots[index] = np.arange(len(index))
-  # NumPy arrays, which the caller places on the devices.
+  # Arrays on the host, which the caller places on the devices.
   on_host: dict[str, Any] = {
     'examples': examples,
     'counts': np.array([len(index) for index in buckets], np.int32),

@@ -1,4 +1,4 @@
-"""A data set in memory, and the batch of a step: a pure function of (seed, step).
+"""A data set in memory, and its batches: pure functions of the seed and the step.
 
 Resuming a run therefore needs no saved position in the data.
 """
@@ -18,7 +18,7 @@ MAX_EXAMPLES = 2**31 - 1  # indices are int32
 class Source(NamedTuple):
   """A data set in memory as it is stored, and the affine map to x0."""
 
-  name: str  # to print beside a result
+  name: str  # printed next to results
   examples: np.ndarray  # uint8 or f32[N, H, W, C], or f32[N, D]
   labels: np.ndarray | None  # i[N] in [0, classes); None: unconditional
   classes: int  # 0: unconditional
@@ -26,7 +26,7 @@ class Source(NamedTuple):
   high: float  # largest possible stored value; inf if unbounded
   offset: float  # x0 = (stored - offset) * scale
   scale: float
-  flip: bool  # mirror half of the images left to right
+  flip: bool  # mirror each image left to right with probability 1/2
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -135,7 +135,7 @@ def placeholder(
 
   Args:
     shape: of one example.
-    classes: of the labels; 0 if the model is unconditional.
+    classes: the number of classes; 0 if the model is unconditional.
     saved: the `metadata` of the data. None: images [H, W, C] were uint8, and points
       are unbounded.
   """

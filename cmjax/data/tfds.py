@@ -34,8 +34,8 @@ def tfds(
     data_dir: the folder of TFDS; if empty, the environment variable CMJAX_DATA_DIR, or
       else the default of TFDS.
     conditional: whether to read the labels.
-    flip: whether to mirror half of the images left to right.
-    display_name: to print beside results; if empty, `name`.
+    flip: whether to mirror each image left to right with probability 1/2.
+    display_name: printed next to results; if empty, `name`.
 
   Raises: UserError if the data set is missing or damaged, has no images, or no labels
     and `conditional` is set, or needs code that is not part of TFDS.
@@ -44,13 +44,13 @@ def tfds(
     r'[a-z][a-z0-9_]*(/\w[\w.-]*)?(:[\d*]+(\.[\d*]+)*)?', name, re.ASCII
   ):
     raise UserError(
-      f'config.data.name: {name!r} is no TFDS name; use DATA_SET, DATA_SET/CONFIG or '
-      'either with :VERSION'
+      f'config.data.name: {name!r} is not a TFDS name; use DATA_SET, DATA_SET/CONFIG '
+      'or either with :VERSION'
     )
   data_dir = data_dir or os.environ.get(DATA_DIR_VARIABLE, '') or constants.DATA_DIR
   if '://' in data_dir:
     raise UserError(
-      f'config.data.data_dir: {data_dir} is not in a local or mounted folder; copy it '
+      f'config.data.data_dir: {data_dir} is not a local or mounted folder; copy it '
       'to one, or mount the bucket'
     )
   folder = Path(data_dir).expanduser()
@@ -60,7 +60,7 @@ def tfds(
     builder: Any = tensorflow_datasets.builder(name, data_dir=str(folder))
     records = builder.as_data_source(split=split)
     features = dict(builder.info.features.items())
-  except Exception as error:  # of many types; all mean that it cannot be read
+  except Exception as error:  # of any type: the data set cannot be read
     raise UserError(
       f'config.data: no data set {name!r} split {split!r} in array_record format under '
       f'{folder} ({first_line(error)}); prepare it with '
@@ -95,7 +95,7 @@ def tfds(
   if conditional and not (0 <= labels.min() <= labels.max() < classes):
     raise UserError(
       f'config.data: labels of {name!r} split {split!r} leave [0, {classes - 1}], so '
-      'some examples have none; set config.data.conditional=False, or use another '
+      'some examples have no class; set config.data.conditional=False, or use another '
       'split'
     )
   return image_source(

@@ -18,19 +18,19 @@ from cmjax.runtime.run import Run, prepare
 from cmjax.runtime.state import random_state
 from cmjax.runtime.window import AHEAD
 
-# Rounds of a measurement: at least and at most so many, and no new one after ROUND_S.
+# Rounds of a measurement: not counted, least, most; and none starts after ROUND_S.
 WARM_UP, MIN_ROUNDS, MAX_ROUNDS, ROUND_S = 3, 5, 50, 20.0
 WINDOW_S = 2.0  # of training steps, timed together
 _MATRIX_SIZES = (512, 1024, 2048)  # which is fastest depends on the caches
 
 
 def seconds(call: Callable[[], Any]) -> float:
-  """The median time of a call until its result is ready."""
+  """The median time of a call in seconds, until its result is ready."""
   return statistics.median(_rounds(call))
 
 
 def _rounds(call: Callable[[], Any]) -> list[float]:
-  """The time of each call, after a few that are not counted."""
+  """The time of each call in seconds, after a few that are not counted."""
   for _ in range(WARM_UP):
     jax.block_until_ready(call())
   times, first = [], time.perf_counter()
@@ -63,7 +63,7 @@ def peak_flops() -> tuple[float, str]:
 
 
 def measure(run: Run) -> dict[str, Any]:
-  """All numbers of `report`, as JSON values."""
+  """The measurements that `report` shows, as values for JSON."""
   start = time.perf_counter()
   state = random_state(run)
   batch = train.batch(run, 0)
@@ -179,7 +179,7 @@ def _parts(run: Run, state: TrainState) -> dict[str, Callable[[], Any]]:
   def gradient(params, batch):
     return jax.grad(lambda p: jnp.mean(forward(p, batch) ** 2))(params)
 
-  def update(state):
+  def update(state):  # the parameters stand in for their gradient
     updates, opt_state = run.tx.update(state.params, state.opt_state, state.params)
     return optax.apply_updates(state.params, updates), opt_state
 

@@ -47,7 +47,7 @@ class Report(NamedTuple):
   held: dict[str, int]  # bytes of each argument on each chip
   memory: Memory | None  # None if the program does not fit
   error: str  # the compiler's, if the program does not fit
-  flops: float  # of a step on all chips, with those that `remat` repeats
+  flops: float  # of a step on all chips, including those that `remat` repeats
   collectives: list[Collective]
   seconds: float  # of compilation
 
@@ -62,7 +62,7 @@ def compile_step(run: Run, effort: int = -1) -> Report:
 
   Args:
     run: a run on a mesh of `topology.devices`, or of attached devices.
-    effort: of the compiler to find a faster program: -1 least, 0 as on a TPU, 1 most;
+    effort: of the compiler, to find a faster program: -1 least, 0 as in a run, 1 most;
       memory and collectives vary slightly with it.
   """
   start = time.monotonic()

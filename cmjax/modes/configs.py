@@ -1,4 +1,4 @@
-"""`--mode=configs`: the configs that ship."""
+"""`--mode=configs`: lists the configs that ship with cmjax."""
 
 import argparse
 
@@ -10,6 +10,6 @@ def run(flags: argparse.Namespace) -> None:
   for name, line in shipped().items():
     print(f'{name:15}{line}')
   print(
-    '\nEach is for toy2d, digits and cifar10, as in --config=ect:digits; its file has '
-    'the sources, the expected results and the measured ones'
+    '\nEach takes toy2d, digits or cifar10, as in --config=ect:digits; its file lists '
+    'the sources, and the expected and measured results'
   )

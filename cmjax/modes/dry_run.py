@@ -1,4 +1,4 @@
-"""`--mode=dry_run`: everything is built and printed, nothing is trained."""
+"""`--mode=dry_run`: builds and prints everything, and trains nothing."""
 
 import argparse
 
@@ -28,7 +28,7 @@ def run(flags: argparse.Namespace) -> None:
   logs.say(logs.markdown_table(rows) if rows else 'no schedules')
   source = prepared.source
   logs.say(
-    f'\n{source.name}: {len(source.examples):,} examples of {source.shape}; {total:,} '
-    f'steps of {config.batch_size} on {prepared.mesh.size} '
+    f'\n{source.name}: {len(source.examples):,} examples of shape {source.shape}; '
+    f'{total:,} steps of {config.batch_size} on {prepared.mesh.size} '
     f'{jax.devices()[0].platform} device(s)'
   )

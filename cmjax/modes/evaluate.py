@@ -107,7 +107,7 @@ def table(
 
 
 def picture(source: Source, x: np.ndarray, columns: int = 20) -> np.ndarray:
-  """Samples f32[N, ...] -> uint8[H, W, 3]: a grid of images, or points on the data."""
+  """A picture u8[H, W, 3] of samples f32[N, ...]: a grid, or points over the data."""
   if len(source.shape) == 1:
     return logs.scatter(x[:, :2], as_x0(source, source.examples[:2000, :2]))
   return logs.grid(as_uint8(source, x), columns)
@@ -146,13 +146,13 @@ def table_logger(metrics: Mapping[str, Metric]) -> Callable[..., None]:
 def build_metrics(subject: Run | Opened) -> dict[str, Metric]:
   """The metrics of a config, on its data.
 
-  A metric receives those of `real`, `labels` and `source` that its signature has.
+  A metric receives those of `real`, `labels` and `source` that its signature names.
 
   Raises: UserError if a metric does not fit the data.
   """
   metrics, source = subject.config.metrics, subject.source
   if not metrics:
-    return {}  # without a copy of all data as floats
+    return {}  # avoids a copy of all data as floats
   return build.build_each(
     metrics,
     'config.metrics',

@@ -22,6 +22,6 @@ def run(flags: argparse.Namespace) -> None:
   )
   classes = f'{model.classes} classes' if model.classes else 'no classes'
   logs.say(
-    f'{target}: a {model.kind}, trained on examples of {model.shape} with {classes}, '
-    f'from {source} ({model.origin})'
+    f'{target}: a {model.kind}, trained on examples of shape {model.shape} with '
+    f'{classes}, from {source} ({model.origin})'
   )

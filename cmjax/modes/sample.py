@@ -53,6 +53,6 @@ def _with_labels(source: Source, text: str) -> Source:
     raise UserError('--labels: this model has no classes; leave it out')
   if not all(n.isdecimal() and int(n) < source.classes for n in labels):
     raise UserError(
-      f'--labels={text}: must be numbers from 0 to {source.classes - 1}, as 0,3,7'
+      f'--labels={text}: must be numbers from 0 to {source.classes - 1}, such as 0,3,7'
     )
   return source._replace(labels=np.array(labels, int))

@@ -1,4 +1,4 @@
-"""`--mode=study`: measures trained weights by noise level, in tables and plots."""
+"""`--mode=study`: measures trained weights at each sigma, in tables and plots."""
 
 import argparse
 from typing import Any
@@ -18,7 +18,7 @@ def run(flags: argparse.Namespace) -> None:
     raise UserError(
       'config.studies: is empty; add some, as configs/parts.py:studies() does'
     )
-  for name in parts:  # before the first of them takes its time
+  for name in parts:  # all are checked before the first, slow one
     function(parts[name].fn, f'config.studies.{name}.fn', Study)
   folder = unused(beside(opened) / 'studies' / f'step_{opened.step:08d}')
   subject = subject_of(opened)

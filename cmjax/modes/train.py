@@ -1,4 +1,4 @@
-"""`--mode=train`: a run from its first step, or its last checkpoint, to its end."""
+"""`--mode=train`: trains from the first step, or the last checkpoint, to the end."""
 
 import argparse
 

@@ -9,7 +9,7 @@ import numpy as np
 
 MAX_VALUES = 2**18  # of a file after flattening, in which shared parts are repeated
 MAX_DEPTH = 100  # of nested containers
-MAX_NAME = 1000  # letters of a dotted name
+MAX_NAME = 1000  # characters of a dotted name
 MAX_AXES = 32
 BFLOAT16 = jnp.dtype('bfloat16')
 # The storage classes of torch.
@@ -35,9 +35,9 @@ def count(value: Any) -> int:
 
 
 def counts(values: Any) -> list[int]:
-  """A shape or strides; raises ValueError if not whole numbers, or too many."""
+  """A shape or strides; raises ValueError unless they are at most MAX_AXES `count`s."""
   if len(values) > MAX_AXES:
-    raise ValueError(f'an array of more than {MAX_AXES} axes')
+    raise ValueError(f'an array with more than {MAX_AXES} axes')
   return [count(value) for value in values]
 
 

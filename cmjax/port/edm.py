@@ -11,7 +11,7 @@ from cmjax.core import LOG_WEIGHT, UserError
 from cmjax.port import names
 from cmjax.port.pickles import Module
 
-# Constructor arguments that do not change the function, or only in training.
+# Constructor arguments that do not affect the function, or only in training.
 _IGNORED = {
   'use_fp16',
   'sigma_min',
@@ -94,7 +94,7 @@ class _Arguments:
   def pop(self, name: str, default: Any, *, choices: Any = None) -> Any:
     """Removes and returns an argument; a missing one has its default.
 
-    Raises: UserError if it has not the type of the default, or is not in `choices`.
+    Raises: UserError if its type is not that of the default, or it is not in `choices`.
     """
     value = self._left.pop(name, default)
     value = tuple(value) if isinstance(value, list) else value
@@ -106,7 +106,7 @@ class _Arguments:
     return value
 
   def check_empty(self) -> None:
-    """Raises UserError if an argument is left that is not to be ignored."""
+    """Raises UserError if an argument is left that is not in `_IGNORED`."""
     for name in sorted(set(self._left) - _IGNORED):
       argument = f'{names.short_repr(name)[1:-1]}={names.short_repr(self._left[name])}'
       raise UserError(f'{self._where} has {argument}, which is not supported')

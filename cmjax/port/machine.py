@@ -1,4 +1,4 @@
-"""The stack machine of pickles, run on inert values: no call is ever made.
+"""The stack machine of pickles, run on inert values: calls are recorded, not made.
 
 A pickle is a program. A name must be on the list `GLOBALS`; a call becomes a
 `RecordedCall`; a set becomes a list; and only text, bytes and small whole numbers may
@@ -235,10 +235,10 @@ def _storage(pid: Any, storages: dict[str, RecordedCall]) -> Any:
   if type(pid) is tuple and pid[:2] == ('module', TORCH_MODULE):
     return TORCH_MODULE  # the legacy format stores classes with their source
   kinds = [type(part) for part in pid] if type(pid) is tuple else []
-  whole = kinds[:5] == [str, str, str, str, int] and pid[5:] in ((), (None,))
-  if not whole or pid[0] != 'storage':
+  valid = kinds[:5] == [str, str, str, str, int] and pid[5:] in ((), (None,))
+  if not valid or pid[0] != 'storage':
     raise ValueError('a persistent id that is not a storage')
   storage = storages.setdefault(pid[2], STORAGE(pid[1:5]))
   if storage.arguments != pid[1:5]:
-    raise ValueError('two storages with one key')
+    raise ValueError('two storages with the same key')
   return storage

@@ -20,7 +20,7 @@ Layout = Callable[[np.ndarray], np.ndarray]
 # The tensor of the file that a parameter comes from, and how to transpose it.
 Locate = Callable[[Address], tuple[str, Layout]]
 
-MAX_PIXELS = 2**14  # on a side of an image, and features of a point
+MAX_PIXELS = 2**14  # per side of an image; also the features of a point
 MAX_CLASSES = 10**6
 
 
@@ -132,7 +132,7 @@ LEAVES = {'kernel': 'weight', 'scale': 'weight'}  # names of flax -> of torch
 
 
 def as_is(a: np.ndarray) -> np.ndarray:
-  """The same layout."""
+  """The array itself, whose layout is the same."""
   return a
 
 
@@ -142,7 +142,7 @@ def from_torch(a: np.ndarray) -> np.ndarray:
 
 
 def sines_first(a: np.ndarray) -> np.ndarray:
-  """The first dense layer of ADM, whose inputs have cosines first in the file."""
+  """[out, in] -> [in, out], and inputs from cosines, sines to sines, cosines."""
   return np.roll(from_torch(a), a.shape[-1] // 2, axis=0) if a.ndim > 1 else a
 
 

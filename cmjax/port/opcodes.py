@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 
 class Opcode(NamedTuple):
-  """An opcode and the layout of its argument, of which one of the three applies."""
+  """An opcode and the size of its argument: at most one of the three is not 0."""
 
   name: str
   fixed: int  # bytes of an argument of fixed length
@@ -43,14 +43,14 @@ def _ascii(raw: bytes) -> str:
 
 
 def utf8(raw: bytes) -> str:
-  """UTF-8, in which a pickle may also have lone surrogates."""
+  """Decodes UTF-8, in which pickles may have lone surrogates."""
   return raw.decode('utf-8', 'surrogatepass')
 
 
 def _decimal(raw: bytes) -> int:
   """Python 2 writes numbers of more than 32 bits in decimal."""
   if len(raw) > 24:
-    raise ValueError('a number of too many digits')
+    raise ValueError('a number with too many digits')
   return int(raw)
 
 

@@ -19,7 +19,7 @@ _FORM_OF_WORD = {'edm': 'denoiser', 'cd': 'consistency', 'ct': 'consistency'}
 
 
 def _precond(path: str | Path, form: str) -> dict[str, Any]:
-  """The preconditioning, which only the file name tells: these files have no config."""
+  """The preconditioning, as the form or the path says: these files have no config."""
   if form not in ('', *FORMS):
     raise UserError(f'form must be one of {", ".join(FORMS)}; got {form!r}')
   words = re.split('[^a-z0-9]+', '/'.join(Path(path).parts[-3:]).lower())
@@ -53,10 +53,10 @@ _TORCH_TOP = {
 
 
 def plan_torch(tensors: names.Tensors, path: str | Path, form: str) -> names.Plan:
-  """An ADM, whose sizes are inferred from the shapes of its tensors.
+  """The plan of an ADM, whose sizes are inferred from the shapes of its tensors.
 
-  The image size is not in the file. As in every released one, the largest resolution
-  with attention is taken to be 32x32, and heads to have 64 channels.
+  The image size is not in the file. As in all released models, the largest resolution
+  with attention is assumed to be 32x32, and heads to have 64 channels.
   """
   up = re.compile(r'output_blocks\.\d+\.[12]\.in_layers\.0\.weight')
   levels = 1 + sum(bool(up.fullmatch(name)) for name in tensors)
@@ -114,7 +114,7 @@ def _torch_locator(
       prefixes[block.name] = 'middle_block.0', 'middle_block.1'
     elif block.kind == 'in1':
       prefixes[block.name] = 'middle_block.2', ''
-    elif block.kind == 'up':  # part of the output block before, after its attention
+    elif block.kind == 'up':  # part of the previous output block, after its attention
       after = 2 if f'output_blocks.{i}.2.in_layers.0.weight' in tensors else 1
       prefixes[block.name] = f'output_blocks.{i}.{after}', ''
     else:
@@ -148,7 +148,7 @@ def _qkv_from_torch(a: np.ndarray) -> np.ndarray:
 
 
 def plan_jax(tensors: names.Tensors, path: str | Path, form: str) -> names.Plan:
-  """The NCSN++ or DDPM++ of CIFAR-10, which differ in their time embedding."""
+  """The plan of an NCSN++ (Fourier embedding) or DDPM++ (positional) for CIFAR-10."""
   fourier = 'GaussianFourierProjection_0/W' in tensors
   size, mults, num_blocks = 32, (2, 2, 2), 4
   try:

@@ -114,7 +114,7 @@ class _Decoder:
     # Many tensors may view one storage, and each of them may be copied later.
     self.viewed += array.nbytes
     if self.viewed > self.max_viewed:
-      raise ValueError('tensors of more than twice the bytes of the file')
+      raise ValueError('tensors of more than twice the size of the file')
     return array
 
   def _module_tensors(
@@ -163,7 +163,7 @@ def _decode_legacy(data: bytes, machine: Machine, *, nested: bool) -> Any:
     start = end + 8
     end = start + arrays.count(numel) * arrays.STORAGES[_name_of(kind)].itemsize
     if int.from_bytes(data[start - 8 : start], 'little') != numel or end > len(data):
-      raise ValueError('a storage of another length')
+      raise ValueError('a storage whose length does not fit')
     bytes_of[key] = memoryview(data)[start:end]
   _check_end(data, end)
   if nested and not isinstance(root, STORAGE):

@@ -48,7 +48,7 @@ def read_zip(file: Any) -> Any:
   with zipfile.ZipFile(file) as archive:
     members = {member.filename: member for member in archive.infolist()}
     if len(members) < len(archive.infolist()):
-      raise ValueError('two members with one name')
+      raise ValueError('two members with the same name')
     if any(m.compress_type or m.file_size != m.compress_size for m in members.values()):
       raise ValueError('a compressed member, which torch never writes')
     if sum(member.file_size for member in members.values()) > size:
@@ -110,7 +110,7 @@ def read_safetensors(file: Any) -> tuple[Any, dict[str, str]]:
   """Arrays by name, and the metadata of the file."""
   file.seek(0)
   if int.from_bytes(file.read(8), 'little') > MAX_HEADER:
-    raise ValueError('too long a header')
+    raise ValueError('the header is too long')
   with safetensors.safe_open(file.name, framework='numpy') as opened:
     names = opened.keys()
     return {name: opened.get_tensor(name) for name in names}, opened.metadata() or {}
@@ -119,7 +119,7 @@ def read_safetensors(file: Any) -> tuple[Any, dict[str, str]]:
 def tensors(tree: Any, separator: str = '.') -> dict[str, np.ndarray]:
   """Flattens nested dicts, lists and Modules into arrays by name; drops other leaves.
 
-  Raises: ValueError if the tree is too deep, or two arrays have one name.
+  Raises: ValueError if the tree is too deep, or two arrays have the same name.
   """
   values = 0
 
@@ -194,7 +194,7 @@ def read(path: str | Path) -> File:
         case 'web page':
           raise UserError(f'{path}: is a web page, not a checkpoint; download it again')
         case 'pointer':
-          raise UserError(f'{path}: is a pointer of git-lfs; run: git lfs pull')
+          raise UserError(f'{path}: is a Git LFS pointer; run: git lfs pull')
       raise ValueError('unknown format')
   except UserError:
     raise
@@ -204,7 +204,7 @@ def read(path: str | Path) -> File:
       f'{path}: contains code, {name}, which cmjax does not run; use a file that holds '
       'only weights'
     ) from None
-  except Exception as error:  # parsers raise many kinds for damaged bytes
+  except Exception as error:  # damaged bytes raise errors of many types
     raise UserError(
       f'{path}: damaged or not a checkpoint ({printable(error)}); download it again'
     ) from error

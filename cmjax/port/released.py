@@ -13,7 +13,7 @@ def plan(file: read.File, path: str | Path, form: str = '') -> names.Plan:
 
   Args:
     file: the result of `read.read`.
-    path: of the file, for errors, and for the form of OpenAI's checkpoints.
+    path: of the file, for errors, and to infer the form of OpenAI's checkpoints.
     form: 'denoiser' or 'consistency', for OpenAI's checkpoints, which do not store it;
       if empty, the path must contain edm, cd or ct as a word, as released paths do.
 

@@ -36,7 +36,7 @@ _LEAVES = {
   'mean': 'running_mean',
   'var': 'running_var',
 }
-_ORDER = {1: (0,), 2: (1, 0), 4: (2, 3, 1, 0)}  # OIHW -> HWIO
+_ORDER = {1: (0,), 2: (1, 0), 4: (2, 3, 1, 0)}  # by number of axes; OIHW -> HWIO
 
 
 def vgg16_params(tensors: Tensors) -> Params:
@@ -165,7 +165,7 @@ def _fill(
     if tuple(tensor.shape[i] for i in order) != leaf.shape:
       raise UserError(
         f'{network}: {name_of[path]} has the shape {names.short_repr(tensor.shape)}; '
-        'is the file of another network?'
+        'is it a file of another network?'
       )
     return np.ascontiguousarray(np.transpose(tensor, order))
 

@@ -15,10 +15,10 @@ from cmjax.core import Params, UserError, first_line, unused
 from cmjax.port import names, read
 
 MARK = 'cmjax'  # the key of the metadata that describes the model
-MAX_CONFIG = 2**18  # letters of a config, and of all metadata
+MAX_CONFIG = 2**18  # characters of a config, and of all metadata
 MAX_DEPTH = 32  # of nested parts
 MAX_STEP = 2**53
-MAX_ORIGIN = 200  # letters
+MAX_ORIGIN = 200  # characters
 
 
 def safetensors(path: Path, params: Params, meta: Mapping[str, Any]) -> None:
@@ -50,10 +50,10 @@ def _move(new: Path, path: Path) -> None:
   try:
     os.link(new, path)
   except FileExistsError as error:
-    raise UserError(f'{path}: exists already; give another path') from error
+    raise UserError(f'{path}: already exists; give another path') from error
   except OSError:  # a file system without links
     if path.exists():
-      raise UserError(f'{path}: exists already; give another path') from None
+      raise UserError(f'{path}: already exists; give another path') from None
     new.replace(path)
 
 
@@ -91,7 +91,7 @@ def checked_meta(meta: Any, path: str | Path) -> dict[str, Any]:
   if type(origin) is not str or len(origin) > MAX_ORIGIN or not origin.isprintable():
     got = names.short_repr(origin)
     raise UserError(
-      f'{where}: origin must be text of at most {MAX_ORIGIN} letters, got {got}'
+      f'{where}: origin must be text of at most {MAX_ORIGIN} characters, got {got}'
     )
   return {
     'config': meta['config'],

@@ -1,9 +1,9 @@
-"""Parts of a config -> functions called with checked keywords.
+"""Builds the parts of a config: calls their functions with checked keywords.
 
 A part names a function by import path, `fn='package.module:function'`, and the
 function's signature is the schema of the part. What a part must return follows from its
 place: a top-level key, or the annotation of a parameter. A function that returns
-another kind is refused.
+another kind raises UserError.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -26,19 +26,19 @@ from cmjax.runtime.functions import (
 )
 
 _PLAIN = (bool, int, float, str)
-_LARGEST = 2**53  # of an integer: a float does not hold every integer above it
+_LARGEST = 2**53  # of an integer: float64 does not represent all larger ones
 
 
 def build(spec: ConfigDict, where: str, kind: Any = None, **given: Any) -> Any:
   """Calls the function that a part names, with the part's own keywords.
 
-  A value that is itself a part is built first. Of `given`, what the run provides (a
-  model, the batch size), a function receives the names in its signature.
+  A value that is itself a part is built first. `given` holds what the run provides,
+  such as a model or the batch size; a function receives those that its signature names.
 
   Args:
     spec: the part.
     where: its dotted path, for errors.
-    kind: the type that is needed, as functions annotate it; None: any.
+    kind: the return type that is needed, as functions annotate it; any if None.
     **given: what the run provides.
 
   Raises: UserError naming the function, the key and the keys that the function takes.
@@ -78,7 +78,7 @@ def build_each(
 ) -> dict[str, Any]:
   """Builds every part of a dict of parts, by name."""
   return {
-    name: build(cast(ConfigDict, part), f'{where}.{name}', kind, **given)  # checked
+    name: build(cast(ConfigDict, part), f'{where}.{name}', kind, **given)
     for name, part in parts.items()
   }
 
@@ -114,7 +114,10 @@ def hint(key: str, names: Iterable[str]) -> str:
 
 
 def check_value(value: Any, annotation: Any, where: str) -> None:
-  """Raises UserError for a value of another type than the annotation's, and for NaN."""
+  """Raises UserError if a value does not have the annotated type or is out of range.
+
+  Floats must be finite, and integers at most 2**53 in magnitude.
+  """
   if annotation in _PLAIN:
     allowed = (int, float) if annotation is float else annotation
     wrong_bool = isinstance(value, bool) and annotation is not bool
@@ -141,7 +144,7 @@ def _value(
     if annotation in _PLAIN or _is_sequence(annotation):
       raise UserError(f'{where}: must be a value, but has keys of its own')
     check_part(value, where)
-    # optax annotates optimisers and rates in types of its own.
+    # optax annotates optimisers and schedules with its own types.
     inner = OPTAX_PARTS if path.startswith('optax') else annotation
     return build(value, where, None if is_silent(inner) else inner, **given)
   if _is_function(annotation):
@@ -153,7 +156,7 @@ def _value(
 
 
 def _is_function(annotation: Any) -> bool:
-  """Whether an annotation stands for a function, which a config must name."""
+  """Whether an annotation is the type of a function, which a config gives by name."""
   return typing.get_origin(annotation) is Callable or '__call__' in getattr(
     annotation, '__dict__', {}
   )
@@ -165,7 +168,7 @@ def _is_sequence(annotation: Any) -> bool:
 
 
 def _check_built(built: Any, path: str, where: str, kind: Any) -> None:
-  """Raises UserError for a value that is plainly not of a kind, annotated or not."""
+  """Raises UserError if a built value is not of the kind, as far as can be checked."""
   for member in members_of(kind):
     if isinstance(member, type) and not getattr(member, '_is_protocol', False):
       fits = isinstance(built, member)
@@ -179,7 +182,7 @@ def _check_built(built: Any, path: str, where: str, kind: Any) -> None:
   )
 
 
-# Numbers that the optimisers of optax do not check.
+# Arguments that the optimisers of optax do not check.
 _FRACTIONS = {'b1', 'b2', 'b3', 'decay', 'momentum', 'decay_rate', 'beta'}
 _NOT_NEGATIVE = {'eps', 'eps_root', 'weight_decay', 'learning_rate', 'epsilon'}
 

@@ -1,10 +1,10 @@
 """Saves and restores TrainState and config with orbax.
 
 A checkpoint holds the parameters, the target network, the optimiser state and each EMA
-as separate items, so that one set of weights can be read alone, and `meta`: the config,
-the step, the shape of an example, and hashes of every array and of the meta itself. A
-step is committed as a whole or not at all, and restored arrays are compared with their
-hashes.
+as separate items, so that one set of weights can be read by itself, and `meta`: the
+config, the step, the shape of an example, and hashes of every array and of the meta
+itself. A step is committed as a whole or not at all, and restored arrays are compared
+with their hashes.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -52,9 +52,9 @@ class Checkpoints:
 
   @contextlib.contextmanager
   def _reporting_failures(self) -> Iterator[None]:
-    """Raises UserError for a failed write, which orbax raises as many types of error.
+    """Raises UserError for a failed write, for which orbax raises errors of many types.
 
-    A background write raises at the next call of the manager.
+    A failed background write raises at the next call of the manager.
     """
     try:
       yield
@@ -62,10 +62,10 @@ class Checkpoints:
       full = any(sign in str(error) for sign in ('RESOURCE_EXHAUSTED', 'No space left'))
       reason = 'no space left' if full else first_line(error)
       _, steps = _find(self._folder.parent)
-      start = f'resumes from step {steps[0]}' if steps else 'starts from step 0'
+      then = f'resumes from step {steps[0]}' if steps else 'starts from step 0'
       raise UserError(
         f'{self._folder}: saving a checkpoint failed ({reason}); fix the cause and '
-        f'repeat the command, which then {start}'
+        f'repeat the command, which then {then}'
       ) from error
 
   def restore(
@@ -77,13 +77,13 @@ class Checkpoints:
     are reported and renamed to `STEP.damaged`: their steps can then be saved again, and
     nothing is deleted.
 
-    Raises: UserError if all checkpoints are damaged; none is renamed then.
+    Raises: UserError if all checkpoints are damaged; in that case none is renamed.
     """
     damaged: dict[int, str] = {}
     for step in sorted(self._manager.all_steps(), reverse=True):
       try:
         restored = storage.restore(self._manager, step, _items(like))
-      except Exception as error:  # a damaged file raises many types of error
+      except Exception as error:  # damaged files raise errors of many types
         damaged[step] = first_line(error)
       else:
         for newer, reason in damaged.items():
@@ -116,7 +116,7 @@ class Checkpoints:
 def save_weights(
   workdir: str | Path, step: int, params: Params, meta: dict[str, Any]
 ) -> None:
-  """Saves a checkpoint of weights without an optimiser state; no run can resume it."""
+  """Saves a checkpoint of weights alone, from which no run can resume."""
   args = storage.save_args({ONLINE: params}, meta | {'step': step})
   folder = local(workdir).resolve() / 'checkpoints'
   with ocp.CheckpointManager(folder) as manager:
@@ -149,7 +149,7 @@ def newest(
     read: reads more of that checkpoint; if it fails, the next older one is tried.
     say: receives one line per damaged checkpoint.
 
-  Raises: UserError if no checkpoint is intact, and whatever UserError `read` raises.
+  Raises: UserError if no checkpoint is intact, or if `read` raises it.
   """
   folder, steps = _find(path)
   for step in steps:
@@ -158,7 +158,7 @@ def newest(
         return read(step, storage.read(folder, step, {}).meta)
       except UserError:
         raise
-      except Exception as error:  # a damaged file raises many types of error
+      except Exception as error:  # damaged files raise errors of many types
         reason = first_line(error)
       storage.collect()
     say(f'checkpoint {folder / str(step)} is damaged ({reason}); trying an older one')
@@ -183,7 +183,7 @@ def read_weights(
     step: which checkpoint.
     name: `online`, `target` or the name of an EMA.
     like: the abstract parameters.
-    optional: an entry of `like` that the result lacks if the checkpoint does.
+    optional: a top-level entry of `like`, left out if the checkpoint does not have it.
 
   Raises: UserError if the checkpoint has no such weights, or those of another network,
     naming the first parameter that differs; ValueError if a checksum differs, or
@@ -210,7 +210,7 @@ def local(path: str | Path) -> Path:
 
   Raises: UserError for the address of a bucket, such as `gs://bucket/run`.
   """
-  # A Path has collapsed the two slashes into one.
+  # A Path collapses two slashes into one.
   if re.match(r'[A-Za-z][A-Za-z0-9+.-]+:/', str(path)):
     raise UserError(
       f'{path}: only local or mounted folders can be opened; copy it to one, or mount '

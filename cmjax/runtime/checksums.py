@@ -38,7 +38,7 @@ def records_of(
     blocks[key] = record.block if record else a.sharding.shard_shape(a.shape)
     block_hashes = (_hash_of_block(*block) for block in _blocks(a, blocks[key]))
     hashes[key] = functools.reduce(operator.xor, block_hashes, 0)
-  # Of these, each process has hashed only its own shards.
+  # Of these arrays, each process has hashed only its own shards.
   partial = [
     key
     for key, a in arrays.items()
@@ -111,8 +111,8 @@ def _blocks(
 ) -> Iterator[tuple[list[int], np.ndarray]]:
   """The start and the values of each block that this process hashes.
 
-  Of an array whose shards are the blocks, these are the local shards of replica 0; of
-  any other array, all blocks.
+  If the shards of the array are the blocks, these are the local shards of replica 0;
+  otherwise, they are all blocks.
   """
   if _is_sharded_by(a, block) and not a.is_fully_replicated:
     for shard in a.addressable_shards:

@@ -1,4 +1,4 @@
-"""The typed record of a config, its checks, and what differs between two."""
+"""The typed record of a config, its checks, and the differences between two."""
 
 from collections.abc import Iterator, Mapping
 import dataclasses
@@ -28,24 +28,24 @@ class Bounds(NamedTuple):
 
 
 class MayChange(NamedTuple):
-  """A key that may change while a run continues; of a part, only some keys may."""
+  """Marks a key that may change when a run resumes; of a part, only some keys may."""
 
   keys: tuple[str, ...] = ()  # empty: all
 
 
 MAY_CHANGE = MayChange()
 Count = Annotated[int, Bounds(1, 2**24)]
-Seed = Annotated[int, Bounds(0, 2**32 - 1)]  # jax keeps 32 bits: others would be equal
+Seed = Annotated[int, Bounds(0, 2**32 - 1)]  # jax drops higher bits
 Steps = Annotated[int, Bounds(1, MAX_STEPS)]
 StepsOrNever = Annotated[int, Bounds(0, MAX_STEPS)]
 Part = Annotated[ConfigDict, 'part']  # a dict with `fn`
 OptionalPart = Annotated[ConfigDict, 'optional part']  # may be empty
-Parts = Annotated[ConfigDict, 'parts']  # by names of the user's choice
+Parts = Annotated[ConfigDict, 'parts']  # a dict of parts, named by the user
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Evaluation:
-  """Of samples that are measured, and of those that are shown."""
+  """The samples that metrics measure, and those that pictures show."""
 
   num_samples: Annotated[int, Bounds(2, 2**24)]
   batch_size: Count
@@ -55,7 +55,7 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Every:
-  """Steps between what a training run does beside training."""
+  """Intervals, in steps, of what a run does besides training; 0: never."""
 
   log_steps: Steps
   picture_steps: StepsOrNever
@@ -67,7 +67,7 @@ class Every:
 class Config:
   """A config whose keys and types are checked: the only list of its keys.
 
-  `configs/parts.py:base()` has what each is for, and the only list of defaults.
+  `configs/parts.py:base()` explains each key, and is the only list of defaults.
   """
 
   seed: Seed
@@ -102,7 +102,7 @@ class Config:
     return -(-self.total_images // self.batch_size)
 
   def to_dict(self) -> dict[str, Any]:
-    """As nested dicts, for JSON."""
+    """The config as nested dicts, for JSON."""
     values = {
       field.name: getattr(self, field.name) for field in dataclasses.fields(self)
     }
@@ -114,12 +114,12 @@ class Config:
     return values
 
   def replace(self, **values: Any) -> 'Config':
-    """The config with other values of top-level keys, checked; parts may be dicts."""
+    """A checked copy with some top-level values replaced; parts may be dicts."""
     return checked(ConfigDict(self.to_dict() | values))
 
 
 class Key(NamedTuple):
-  """What `Config` says of one of its keys."""
+  """What `Config` declares about one of its keys."""
 
   kind: type  # int, float, str, ConfigDict, or a record
   form: str  # of a ConfigDict: 'part', 'optional part' or 'parts'
@@ -139,7 +139,7 @@ def keys_of(record: type) -> dict[str, Key]:
 
 
 def may_change(path: str) -> bool:
-  """Whether the key at a path, `config.every.log_steps`, may change within a run."""
+  """Whether a key, such as `config.every.log_steps`, may change when a run resumes."""
   name, *inner = path.removeprefix('config.').split('.')
   mark = keys_of(Config)[name].may_change
   return mark is not None and (not mark.keys or inner[:1] in [[k] for k in mark.keys])
@@ -151,14 +151,15 @@ def may_change(path: str) -> bool:
 def checked(
   config: ConfigDict | Config, where: str = 'config', *, weights_alone: bool = False
 ) -> Config:
-  """The record of a config, once its keys and types are those of `Config`.
+  """The record of a config, its keys, types and bounds checked.
 
   Args:
     config: as `get_config` returns it; a `Config` is returned as it is.
-    where: what errors call it.
-    weights_alone: parts may be empty, as weights are sampled without data.
+    where: the name of the config in errors.
+    weights_alone: whether parts may be empty, as sampling needs no data or objective.
 
-  Raises: UserError naming the first key that is unknown, missing or of a wrong type.
+  Raises: UserError naming the first key that is unknown, missing, of a wrong type or
+    out of bounds.
   """
   if isinstance(config, Config):
     return config
@@ -227,13 +228,13 @@ def _check_bounds(value: float, bounds: Bounds, where: str) -> None:
 def require(config: Config) -> None:
   """Raises UserError naming the keys that must be given and are not.
 
-  A `teacher` alone is enough where `init_from` follows it.
+  A `teacher` alone is enough where `init_from` is a reference to it.
   """
   missing = [
     path for path, value in _leaves(config.to_dict(), 'config') if value == REQUIRED
   ]
   if 'config.teacher' in missing and 'config.init_from' in missing:
-    missing.remove('config.init_from')  # follows the teacher
+    missing.remove('config.init_from')  # it refers to the teacher
   if missing:
     raise UserError(f'{", ".join(missing)}: must be given, as in --{missing[0]}=VALUE')
 
@@ -258,7 +259,7 @@ def differences(old: ConfigDict | Config, new: ConfigDict | Config) -> dict[str,
 
 
 def completed(config: ConfigDict) -> ConfigDict:
-  """A config with the defaults of the keys that it does not have."""
+  """The config, with defaults for the keys that are missing."""
   whole, keys = parts.base(), keys_of(Config)
   with whole.ignore_type():
     for name, value in config.items():
@@ -272,6 +273,6 @@ def completed(config: ConfigDict) -> ConfigDict:
 
 
 def check_name(key: str) -> None:
-  """Raises ValueError for a key that is not a name: parts give files their names."""
+  """Raises ValueError unless a key can name a part, and so also a file."""
   if not re.fullmatch(r'[A-Za-z0-9_][A-Za-z0-9_=.-]{0,63}', key):
-    raise ValueError(f'the key {key[:40]!r} is no name of letters, digits and _')
+    raise ValueError(f'the key {key[:40]!r} is not a name of letters, digits and _=.-')

@@ -1,4 +1,4 @@
-"""`NAME`, `FILE.py` or `RUN/config.json`, with flags -> a checked config."""
+"""Loads a config, `NAME`, `FILE.py` or `RUN/config.json`, with overrides, checked."""
 
 import ast
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ from cmjax.runtime.overrides import override
 
 
 def shipped() -> dict[str, str]:
-  """The configs that come with cmjax, by name: the first line of each."""
+  """The first docstring line of each config that ships with cmjax, by name."""
   lines = {}
   for path in sorted(_shipped_folder().glob('[a-z]*.py')):
     if path.stem != 'parts':
@@ -57,7 +57,7 @@ def overridden(config: ConfigDict, overrides: Iterable[tuple[str, str]]) -> Conf
 
 
 def read(name: str | Path, trust: Iterable[str] = ()) -> ConfigDict:
-  """`load`, as the ConfigDict that was checked, in which values may be set."""
+  """`load` without overrides: a checked ConfigDict, whose values may still be set."""
   file, _, argument = str(name).partition(':')
   path = Path(file)
   if path.suffix == '.json':
@@ -84,12 +84,12 @@ def read(name: str | Path, trust: Iterable[str] = ()) -> ConfigDict:
 
 
 def _called(path: Path, argument: str, name: str) -> Any:
-  """What `get_config` of a file returns, with the names of today."""
-  folder, name_of_module = path.resolve().parent, f'cmjax.configs.{path.stem}'
+  """What `get_config` of a file returns, with outdated names translated."""
+  folder, module_name = path.resolve().parent, f'cmjax.configs.{path.stem}'
   if folder != _shipped_folder():
-    name_of_module = f'config_{path.stem}'
+    module_name = f'config_{path.stem}'
     allow_imports_from(folder)
-  spec = importlib.util.spec_from_file_location(name_of_module, path)
+  spec = importlib.util.spec_from_file_location(module_name, path)
   assert spec is not None  # as the suffix is .py
   assert spec.loader is not None
   module = importlib.util.module_from_spec(spec)
@@ -107,7 +107,7 @@ def _called(path: Path, argument: str, name: str) -> Any:
 
 
 def _translate(config: ConfigDict, where: str) -> None:
-  """Gives a config the names of today; what has them keeps its references."""
+  """Translates outdated names in place; values without any keep their references."""
   old = config.to_dict()
   new = with_names_of_today(old, where)
   with config.unlocked(), config.ignore_type():

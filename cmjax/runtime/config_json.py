@@ -1,7 +1,7 @@
-"""Configs as JSON text: those of runs, and those that came with weights.
+"""Configs as JSON text: those of runs, and those stored with weights.
 
-A config that came as text is data, not code of the user's: the functions that it names
-are `Foreign`. Names of earlier versions are translated.
+A config read from text is data, not the user's code: the functions that it names are
+`Foreign`. Names of earlier versions are translated.
 """
 
 from collections.abc import Iterable, Mapping
@@ -25,7 +25,7 @@ def to_json(config: ConfigDict | Config) -> str:
 def from_json(
   text: str, where: str = 'config', trust: Iterable[str] = ()
 ) -> ConfigDict:
-  """The config that `to_json` wrote, which may be of an earlier version or of a model.
+  """The config that `to_json` wrote, possibly in an earlier version of cmjax.
 
   Its functions are `Foreign`, except those of the packages in `trust`.
 
@@ -51,7 +51,7 @@ def read_json(path: str | Path, trust: Iterable[str] = ()) -> ConfigDict:
 
 
 def with_names_of_today(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-  """The config with the names of before translated; each is reported once."""
+  """The config with outdated names translated; each is reported once."""
   new, lines = renamed(config)
   for line in lines:
     report_renamed(f'{where}: {line}')
@@ -71,7 +71,7 @@ def _from_data(value: Any, trust: tuple[str, ...]) -> Any:
     part = {key: _from_data(item, trust) for key, item in value.items()}
     if 'fn' in part:
       if not isinstance(part['fn'], str):
-        raise ValueError('a function that is no text')
+        raise ValueError('the name of a function is not text')
       part['fn'] = Foreign(part['fn'], trust)
     return part
   if isinstance(value, list):

@@ -1,6 +1,6 @@
-"""One line for a mistake of the user, a traceback for a mistake in a function.
+"""Error reports: one line for a mistake in a command, a traceback for one in code.
 
-jax is imported where it is needed: `cmjax --help` does without it.
+jax is imported only where it is needed, so that `cmjax --help` starts quickly.
 """
 
 from collections.abc import Iterator
@@ -21,9 +21,9 @@ _LIBRARIES = {
 
 @contextlib.contextmanager
 def user_errors(where: str) -> Iterator[None]:
-  """Within it, a ValueError or TypeError of cmjax becomes a UserError of one line.
+  """Turns a ValueError, TypeError or similar error of cmjax into a one-line UserError.
 
-  One raised by a function of the user keeps its traceback, with a note that names the
+  An error raised in the user's own code keeps its traceback, with a note that names the
   part of the config.
   """
   from cmjax.core import UserError, first_line
@@ -46,7 +46,7 @@ def frame_of_user(error: BaseException) -> TracebackType | None:
   trace = error.__traceback__
   while trace is not None:
     module = trace.tb_frame.f_globals
-    spec = module.get('__spec__')  # has the name of what `python -m` calls __main__
+    spec = module.get('__spec__')  # its name is right even if `__name__` is __main__
     name = spec.name if spec else module.get('__name__', '')
     if name.partition('.')[0] not in _LIBRARIES:
       return trace
@@ -73,7 +73,10 @@ def report(error: Exception) -> int:
     say(f'{error.filename or "system"}: {error.strerror or first_line(error)}')
     return 2
   if isinstance(error, MemoryError):
-    say(f'out of memory ({first_line(error)}); use a smaller batch, network or sample')
+    say(
+      f'out of memory ({first_line(error)}); use a smaller batch or network, or fewer '
+      'samples'
+    )
     return 1
   if isinstance(error, jax.errors.JaxRuntimeError):
     say(f'{first_line(error)}; {advice(str(error), jax.process_count())}')
@@ -84,7 +87,7 @@ def report(error: Exception) -> int:
 
 
 def advice(error: str, num_processes: int = 1) -> str:
-  """What may help against an error of a device."""
+  """What to try after an error of a device."""
   if 'RESOURCE_EXHAUSTED' in error:
     return (
       'raise config.accumulate, set config.network.remat=True, or shard the state: '
@@ -99,7 +102,7 @@ def say(text: str) -> None:
   """Prints one line on stderr, with the index of the process if there are several."""
   jax = sys.modules.get('jax')
   process = ''
-  # A backend that has not started is not started here.
+  # `process_count` alone would start a backend.
   if jax and jax.distributed.is_initialized() and jax.process_count() > 1:
     process = f'process {jax.process_index()}: '
   sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""The flags of the command line, without jax: `cmjax --help` takes no time."""
+"""The command-line flags; jax is not imported, so that `cmjax --help` is fast."""
 
 import argparse
 import difflib
@@ -12,7 +12,7 @@ MODES = {  # one line each, for --help
   'train': 'train, or continue the run in --workdir',
   'sample': 'draw samples with every sampler, as pictures and .npz files',
   'evaluate': 'draw samples and compute every metric, as a table',
-  'study': 'measure the weights by noise level, as tables and pictures',
+  'study': 'measure the weights at each sigma, as tables and plots',
   'bench': 'time the training step, its parts and its data',
   'port': 'write weights as a checkpoint or a safetensors file',
   'compile': 'compile the training step for the TPUs of --topology',
@@ -34,9 +34,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parsed(argv: list[str]) -> argparse.Namespace:
-  """The flags, with those of `--config.KEY=VALUE` as pairs in `overrides`.
+  """The flags, with each `--config.KEY=VALUE` as a pair in `overrides`.
 
-  Raises: FlagError for an unknown flag, or a value that is not of its type.
+  Raises: FlagError for an unknown flag, or a value of the wrong type.
   """
   plain, overrides = [], []
   words = iter(argv)
@@ -56,7 +56,7 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     hint = f', did you mean {close[0]}?' if close else ''
     raise FlagError(f'unknown flag {name}{hint}')
   flags.trust = tuple(filter(None, flags.trust.split(',')))
-  # A function before the keys that it takes.
+  # Functions first, as they decide which keys a part may have.
   flags.overrides = sorted(overrides, key=lambda pair: not pair[0].endswith('.fn'))
   return flags
 
@@ -95,18 +95,18 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
   text('workdir', 'DIR', 'the folder of the run, or a file of weights to sample')
   add('mode', default='train', choices=MODES, metavar='MODE', help='default: train')
   add('debug', action='store_true', help='print the full traceback of every error')
-  text('trust', 'A,B', 'packages that the config of weights may name functions of')
+  text('trust', 'A,B', 'packages whose functions a stored config may name')
   text('labels', '0,3,7', 'with --mode=sample: the classes to draw')
   text('from', 'PATH', 'with --mode=port: a run, a checkpoint or a released file')
   text('to', 'PATH', 'with --mode=port: a new folder, or FILE.safetensors')
-  text('form', 'FORM', 'of an OpenAI file: denoiser or consistency')
-  add('distributed', action='store_true', help='one process of a TPU pod, GKE or Slurm')
-  text('coordinator', 'HOST:PORT', 'of process 0, outside a cluster')
+  text('form', 'FORM', 'kind of an OpenAI checkpoint: denoiser or consistency')
+  add('distributed', action='store_true', help='join a job on a TPU pod, GKE or Slurm')
+  text('coordinator', 'HOST:PORT', 'address of process 0, where it is not detected')
   number('processes', 0, 'with --coordinator: the number of processes')
   number('process', -1, 'with --coordinator: the index of this process, from 0')
   cache = f'folder of compiled programs (default: {CACHE}; empty: none)'
   add('compilation_cache', metavar='DIR', help=cache)
   text('topology', 'CHIPS', 'with --mode=compile: the TPUs, such as v5e:16x16')
-  text('blank', 'SIZE,CHANNELS,CLASSES', 'with --mode=compile: in place of config.data')
+  text('blank', 'SIZE,CHANNELS,CLASSES', 'with --mode=compile: instead of config.data')
   number('effort', -1, 'with --mode=compile: -1 least, 0 as in a run, 1 most')
   return parser, names

@@ -1,4 +1,4 @@
-"""Floating-point operations: of a traced program, and of a device in one second."""
+"""Floating-point operations of a traced program, and peak rates of devices."""
 
 from collections.abc import Iterator
 import math
@@ -20,9 +20,9 @@ PEAKS = {
 def flops(jaxpr: Any) -> float:
   """Operations of the matrix products and convolutions of a jaxpr, on all devices.
 
-  Padding counts as data. A scan counts once per iteration, any other loop once, and of
-  the branches of a conditional the most expensive. XLA's own count is not used: it
-  takes every loop once, and XLA adds loops to overlap products with collectives.
+  Padding counts as data. A scan counts once per iteration, any other loop once, and a
+  conditional as its most expensive branch. XLA's own count is not used: it counts every
+  loop once, and XLA adds loops that overlap products with collectives.
   """
   total = 0.0
   for equation in jaxpr.eqns:

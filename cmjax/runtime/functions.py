@@ -1,4 +1,4 @@
-"""Import path -> function, if one that returns its kind may be called.
+"""Imports the functions that configs name, if they may be called.
 
 A part of a config that came with weights names its function by a `Foreign` string. Such
 a function is imported and called only if it belongs to `cmjax` (an optimiser or a
@@ -24,14 +24,14 @@ from cmjax.runtime.errors import frame_of_user, user_errors
 from cmjax.times import Pairs, Times
 from cmjax.weightings import Weighting
 
-EITHER_SCHEDULE = Schedule | optax.Schedule  # they differ in their annotations alone
+EITHER_SCHEDULE = Schedule | optax.Schedule  # they differ only in their annotations
 OPTAX_PARTS = EITHER_SCHEDULE | optax.GradientTransformation
-# The kinds of a foreign part inside a part whose parameter has no annotation.
+# The kinds that a foreign part may have for a parameter without an annotation.
 _ALGEBRA = EITHER_SCHEDULE | Distance | Weighting | Times | Pairs | Mixture
 
 
 class Foreign(str):
-  """A function's import path in a config that came as data."""
+  """The import path of a function, from a config that is data, not the user's code."""
 
   __slots__ = ('trusted',)
   trusted: tuple[str, ...]
@@ -48,10 +48,10 @@ class Foreign(str):
 
 
 class _Folders:
-  """Finds the modules in folders of the user's, asked after every other finder.
+  """Finds modules in the user's folders, after every other finder.
 
-  So no module of theirs hides an installed one, and `sys.path` stays as it was. A
-  finder is needed: such a module may import its neighbours, whenever it is called.
+  A module in them cannot hide an installed one, and `sys.path` is not changed. The
+  finder stays, because a function of the user may import a neighbour at any time.
   """
 
   def __init__(self):
@@ -113,7 +113,7 @@ def function(path: str, where: str, kind: Any) -> Callable[..., Any]:
 def is_schedule(path: str, where: str, kind: Any) -> bool:
   """Whether the function at a path returns a schedule: of cmjax, optax or the user.
 
-  By its return annotation or, without one, by the kind that its place has.
+  By its return annotation or, without one, by the kind that its place needs.
 
   Raises: UserError if there is no such function, or it is foreign and not trusted.
   """
@@ -154,12 +154,12 @@ def signature(fn: Callable[..., Any]) -> inspect.Signature:
   """The signature, with annotations evaluated where they are strings."""
   try:
     return inspect.signature(fn, eval_str=True)
-  except Exception:  # a name that exists for a type checker alone
+  except Exception:  # a name that exists only for type checkers
     return inspect.signature(fn)
 
 
 def is_silent(annotation: Any) -> bool:
-  """Whether an annotation says nothing."""
+  """Whether an annotation is missing, Any, or cannot be evaluated."""
   return annotation in (inspect.Parameter.empty, Any) or isinstance(annotation, str)
 
 
@@ -204,7 +204,7 @@ def members_of(kind: Any) -> tuple[Any, ...]:
 
 
 def name_of_kind(kind: Any) -> str:
-  """The kind as an error names it."""
+  """The name of a kind, for errors."""
   names = [
     getattr(member, '__name__', None) or str(member).rpartition('.')[2]
     if isinstance(member, type) or hasattr(member, '__supertype__')

@@ -1,4 +1,4 @@
-"""One process at a time trains in a work directory."""
+"""A lock: only one process at a time trains in a work directory."""
 
 from collections.abc import Iterator
 import contextlib
@@ -14,22 +14,22 @@ from typing import IO
 from cmjax.core import UserError
 
 BEAT_S = 5.0  # how often the owner of a lock touches its file
-PATIENCE_S = 3 * BEAT_S  # after which an owner on another host is taken for dead
+PATIENCE_S = 3 * BEAT_S  # without a touch, an owner on another host is presumed dead
 
 
 @contextlib.contextmanager
 def lock(workdir: Path) -> Iterator[None]:
   """Makes the folder, and keeps every other process from training in it.
 
-  The lock is that of the operating system on the file `.lock`, so it ends with its
-  process. On a file system whose locks hold within one host only, an owner on another
-  host is alive as long as it touches the file.
+  The operating system holds the lock, on the file `.lock`, until the process ends. On a
+  file system whose locks are local to a host, an owner on another host is presumed
+  alive as long as it touches the file.
 
   Raises: UserError naming the host and the process of another owner.
   """
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    # A link may lead to a file of the user's, which must not be written to.
+    # A link may point to a file of the user's, which must not be overwritten.
     flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
     file = os.fdopen(os.open(workdir / '.lock', flags, 0o666), 'a+b')
   except OSError as error:
@@ -39,19 +39,19 @@ def lock(workdir: Path) -> Iterator[None]:
     if locked is False:
       _refuse(workdir, _owner(file, wait=True))
     owner = _owner(file)
-    # An owner whose lock cannot be seen may be alive; then it touches the file.
+    # An owner whose lock is not visible may be alive; if so, it touches the file.
     unseen = locked is None or (owner and owner['host'] != socket.gethostname())
     if owner and unseen and _beats(file):
       _refuse(workdir, owner)
     _write_owner(file, {'host': socket.gethostname(), 'process': os.getpid()})
     ended = threading.Event()
-    heart = threading.Thread(target=_beat, args=(file.fileno(), ended), daemon=True)
-    heart.start()
+    heartbeat = threading.Thread(target=_beat, args=(file.fileno(), ended), daemon=True)
+    heartbeat.start()
     try:
       yield
     finally:
       ended.set()
-      heart.join()
+      heartbeat.join()
       _write_owner(file, None)  # removing the file could free another's lock
 
 

@@ -1,6 +1,6 @@
 """Metrics, pictures, tables and progress: TensorBoard, Matplotlib, Pillow, clu, tqdm.
 
-Libraries that take long to import are imported where they are used.
+Libraries that are slow to import are imported where they are used.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,7 +44,7 @@ class RunLog:
       path = self._workdir / 'metrics.jsonl'
       _drop_rows_after(path, start)
       self._rows = path.open('a', encoding='utf-8')
-      # By default, two files of the same second have the same name.
+      # By default, two files created in the same second have the same name.
       self._events = tensorboardX.SummaryWriter(
         str(self._workdir / 'tensorboard'), filename_suffix=f'.{time.time_ns()}'
       )
@@ -76,7 +76,7 @@ def _drop_rows_after(path: Path, step: int) -> None:
   if not path.exists():
     return
   rows = [(line, _step_of(line)) for line in path.read_bytes().split(b'\n')]
-  # A line without its newline may have been cut short by a kill: that is no damage.
+  # A kill may cut the last line short, which does not count as damage.
   damaged = sum(at == math.inf and bool(line.strip()) for line, at in rows[:-1])
   if damaged:
     say(f'{path}: dropped {damaged} row(s) that cannot be read')
@@ -134,11 +134,11 @@ class Progress:
       self._bar.close()
 
 
-REPORT_S = 10.0  # interval between the lines of `counted`
+REPORT_S = 10.0  # seconds between the lines of `counted`
 
 
 def counted(parts: Sequence[Any], size: int, unit: str) -> Iterator[Any]:
-  """Yields the parts, each of `size` units, with a bar or a line every ten seconds."""
+  """Yields the parts, of `size` units each, with a bar or a line per `REPORT_S`."""
   total, terminal = len(parts) * size, sys.stderr.isatty()
   if terminal and jax.process_index() == 0:
     with tqdm.tqdm(total=total, unit=unit, leave=False, dynamic_ncols=True) as bar:
@@ -178,10 +178,10 @@ def write_png(path: str | Path, image: np.ndarray) -> None:
 
 
 def grid(images: np.ndarray, columns: int, cell: int = 48) -> np.ndarray:
-  """Images u8[N, H, W, C] as one, u8[H', W', 3], row by row.
+  """A grid u8[H', W', 3] of images u8[N, H, W, C], filled row by row.
 
-  Shows the first three channels, or the first if there are fewer. Images smaller than
-  `cell` pixels are enlarged by a whole factor, without interpolation.
+  Shows the first three channels, or only the first if there are fewer. Images smaller
+  than `cell` pixels are enlarged by an integer factor, without interpolation.
   """
   factor = max(1, cell // images.shape[1])
   big = np.repeat(np.repeat(images, factor, axis=1), factor, axis=2)
@@ -263,7 +263,7 @@ def parameter_table(params: Any) -> str:
 
 
 def markdown_table(rows: list[dict[str, Any]]) -> str:
-  """Rows with equal keys as a Markdown table, with three decimals of floats."""
+  """Rows with the same keys as a Markdown table; floats have three decimals."""
 
   def cell(value):
     return f'{value:.3f}' if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""Values of a config from the command line: `--config.network.width=24`."""
+"""Overrides values of a config, as `--config.network.width=24` does."""
 
 import ast
 import dataclasses
@@ -13,7 +13,7 @@ from cmjax.runtime.renamed import function_now, key_now
 
 
 def override(config: ConfigDict, key: str, text: str) -> None:
-  """Sets the value at a dotted key, `network.width`, from the text of a flag.
+  """Sets the value at a dotted key, such as `network.width`, from the text of a flag.
 
   A key may be one that the config has, or one that the function of its part takes.
 
@@ -29,7 +29,7 @@ def override(config: ConfigDict, key: str, text: str) -> None:
       raise UserError(f'--{where}.{name}: unknown key{hint(name, part)}')
     inner, where = part[name], f'{where}.{name}'
     if not isinstance(inner, ConfigDict):
-      raise UserError(f'--config.{key}: {where} is a value, without keys')
+      raise UserError(f'--config.{key}: {where} is a value and has no keys')
     part = inner
   last = _now(part, where, last)
   current = part.get(last)
@@ -45,7 +45,7 @@ def override(config: ConfigDict, key: str, text: str) -> None:
 
 
 def _now(part: ConfigDict, where: str, key: str) -> str:
-  """Today's name of a key; a name of before is reported."""
+  """The current name of a key; an outdated name is reported."""
   fn = str(part.fn) if is_part(part) else ''
   now = key_now(key, fn, where.removeprefix('config').lstrip('.'))
   if now != key:
@@ -61,7 +61,7 @@ def _function_now(path: str, flag: str) -> str:
 
 
 def _key(path: str) -> Key | None:
-  """What `Config` says of the key at a path, None for one inside a part."""
+  """The declaration in `Config` of the key at a path; None for a key of a part."""
   record: type = Config
   *parents, last = path.split('.')[1:] or ['']
   for name in parents:
@@ -79,7 +79,7 @@ def _holds_parts(path: str) -> bool:
 
 
 def _annotation(part: ConfigDict, where: str, key: str) -> Any:
-  """The type that a key should have, None if nothing says it."""
+  """The type that a key should have; None if none is declared."""
   if key == 'fn':
     return str
   if is_part(part):
@@ -88,9 +88,9 @@ def _annotation(part: ConfigDict, where: str, key: str) -> Any:
       return names[key].annotation
     mistake = f'--{where}.{key}: {part.fn} has no such key'
   else:
-    of_record = _key(f'{where}.{key}')
-    if of_record:
-      return of_record.kind
+    declared = _key(f'{where}.{key}')
+    if declared:
+      return declared.kind
     names, mistake = part, f'--{where}.{key}: unknown key'
   if key in part:
     return None

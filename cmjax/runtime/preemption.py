@@ -13,7 +13,7 @@ class Preempted(Exception):  # noqa: N818, not an error
 
 
 class Notice:
-  """Records a SIGTERM, which would otherwise end the process, until it is polled.
+  """Records a SIGTERM, which would otherwise end the process, for polling.
 
   With several processes, a SIGTERM to one of them is enough: `jax.distributed` handles
   the signal, and all processes see the notice at the same poll.

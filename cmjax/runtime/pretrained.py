@@ -104,20 +104,20 @@ def load(
   Args:
     path: a work directory, one of its `checkpoints/STEP`, or a file: a pickle of EDM,
       EDM2 or ECT, a PyTorch or JAX checkpoint of OpenAI, or safetensors of cmjax.
-    config: replaces the config of the run; with weights that are stored with only their
-      model, it adds data and samplers.
+    config: replaces the config of the run; if only the model is stored with the
+      weights, it adds data and samplers.
     overrides: dotted keys of the config, such as `network.remat`, and the texts of
       their values.
     weights: `online` or the name of an EMA; `config.sample_weights` if empty.
     form: 'denoiser' or 'consistency' for a checkpoint of OpenAI whose path does not
       contain edm, cd or ct as a word.
     trust: packages whose functions the config of the weights may name.
-    mesh: the devices for the weights, all if None; on devices that are not attached,
+    mesh: the devices for the weights; all if None. On devices that are not attached,
       the parameters are abstract.
     say: receives one line per damaged checkpoint, and one for unused tensors.
 
   Raises: UserError if there is no checkpoint, or it has no such weights or those of
-    another network; if a file is damaged, of an unknown format, or contains code.
+    another network; also if a file is damaged, of an unknown format, or contains code.
   """
   path, mesh = checkpoint.local(path), mesh or sharding.data_mesh()
 
@@ -152,7 +152,7 @@ def load(
 
 
 def _with_model(config: ConfigDict | None, stored: Any) -> ConfigDict:
-  """The config, or the stored one; with the stored model if that has nothing else."""
+  """`config` or, if None, `stored`; with the stored model if only that is stored."""
   if 'data' in stored:
     return config or stored
   merged = ConfigDict(config.to_dict() if config else _sampling(stored.precond.fn))
@@ -165,7 +165,7 @@ _MODEL_KEYS = ('network', 'precond', 'objective', 'sample_weights')
 
 
 def _sampling(precond: str) -> dict[str, Any]:
-  """Samplers for weights that are stored without a config, by their preconditioning.
+  """Samplers for weights stored with only their model, by its preconditioning.
 
   Source: the deterministic sampler of EDM; 0.821 is the sigma of the second step of iCT
   and ECT on CIFAR-10.
@@ -229,7 +229,7 @@ def load_weights(
   """The weights that a run samples from, in the shapes of `like`, and its config.
 
   The path may be that of a file, as for `load`. The parameters of a learned weighting
-  that only `like` has are zero.
+  that only `like` has are set to zero.
 
   Raises: UserError if there is no checkpoint, or it is of another network.
   """
@@ -268,7 +268,7 @@ def convert(
   trust: Iterable[str] = (),
   say: Callable[[str], None],
 ) -> Pretrained:
-  """Writes the weights that `load` reads as a checkpoint or a safetensors file.
+  """Loads weights, and writes them as a checkpoint or a safetensors file.
 
   Args:
     source: as `path` for `load`.

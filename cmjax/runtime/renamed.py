@@ -1,6 +1,6 @@
-"""The names that configs of version 0.2 used, and the names of today.
+"""Outdated names in configs of version 0.2, and the current ones.
 
-A config is translated when it is read; nothing else knows the earlier names.
+A config is translated when it is read; no other module knows the outdated names.
 """
 
 from collections.abc import Mapping
@@ -40,7 +40,7 @@ FUNCTIONS = {
   'cmjax.times:dyadic_times': 'cmjax.times:dyadic_pairs',
   'cmjax.times:two_times': 'cmjax.times:logit_normal_pairs',
 }
-# Keys, by the beginning of the import path of today of their function.
+# Keys, by a prefix of the current import path of their function.
 KEYS = {
   'cmjax.data.points:': {'samples': 'num_samples'},
   'cmjax.data.tfds:': {'quoted_as': 'display_name'},
@@ -86,27 +86,27 @@ KEYS = {
     'gap': 'relative_gap',
   },
 }
-# Keys of no function, by the path of their section.
+# Keys that belong to no function, by the path of their section.
 SECTIONS = {
   '': {'target_rate': 'target_decay'},
   'evaluation': {'pictured': 'num_pictured', 'samples': 'num_samples'},
 }
-# Metrics of the training step, in the checkpoint of an unfinished row of metrics.
+# Metrics of the training step, in the unfinished window that a checkpoint holds.
 METRICS = {'mean_t': 'mean_sigma'}
 
 
 def renamed(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-  """The config with the names of today, and one line for each that was translated."""
+  """The config with current names, and one line for each that was translated."""
   lines: list[str] = []
   return _renamed(config, '', lines), lines
 
 
 def key_now(key: str, fn: str, section: str) -> str:
-  """The name of today of a key; the key itself if it has not changed.
+  """The current name of a key; the key itself if it has not changed.
 
   Args:
     key: a key of the function `fn` or, if that is empty, of the section.
-    fn: the import path of today of a function, or empty.
+    fn: the current import path of a function, or empty.
     section: the dotted path of a part without a function; empty: the top level.
   """
   if not fn:
@@ -118,7 +118,7 @@ def key_now(key: str, fn: str, section: str) -> str:
 
 
 def function_now(path: str) -> str:
-  """The import path of today of a function; the path itself if it has not changed."""
+  """The current import path of a function; the path itself if it has not changed."""
   module, colon, name = path.partition(':')
   return FUNCTIONS.get(path) or MODULES.get(module, module) + colon + name
 

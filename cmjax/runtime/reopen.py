@@ -1,4 +1,4 @@
-"""Trained weights opened again, of a run or of a file, with their config and data."""
+"""Reopens trained weights, of a run or of a file, with their config and data."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,9 +22,9 @@ from cmjax.studies.study import Subject
 class Opened(NamedTuple):
   """Trained weights, ready to be sampled."""
 
-  config: Config  # of weights without data: with defaults for the rest
+  config: Config  # completed with defaults if the weights were stored without data
   mesh: jax.sharding.Mesh
-  source: Source  # without examples if the weights came alone
+  source: Source  # without examples if the weights were stored without data
   f: Model
   samplers: dict[str, Sampler]
   params: Params
@@ -41,15 +41,15 @@ def reopen(
   *,
   needs_data: bool = True,
 ) -> Opened:
-  """The newest undamaged checkpoint of a run, or a file of weights, by a config.
+  """Opens the newest intact checkpoint of a run, or a file of weights.
 
-  Weights whose config names no samplers get those of their kind of model. Without
+  Weights stored without samplers get the usual ones for their model. Without
   `needs_data`, a file of weights, and a run whose data cannot be read, are opened with
   `placeholder`.
 
   Args:
     path: as for `pretrained.load`.
-    config: the run's own if None.
+    config: as for `pretrained.load`; that of the run if None.
     overrides: dotted keys of the config and the texts of their values.
     trust: packages whose functions a config that came with weights may name.
     needs_data: whether data that cannot be read is an error.
@@ -103,7 +103,7 @@ def reopen_for(
 def beside(opened: Opened) -> Path:
   """The folder for the results of a run, or of a file of weights."""
   path = Path(opened.path)
-  if path.parent.name == 'checkpoints':  # whose steps are deleted in time
+  if path.parent.name == 'checkpoints':  # old steps are deleted, results are not
     return path.parent.parent
   return path if path.is_dir() else path.with_name(f'{path.name}.results')
 
@@ -120,8 +120,8 @@ def subject_of(opened: Opened) -> Subject:
   The target network is that of the checkpoint; the objective is that of the next step,
   or of the last step at the end of a run.
 
-  Raises: UserError if its teacher has moved, or the checkpoint has no target network
-    although the config has a `target_decay`.
+  Raises: UserError if its teacher cannot be read, or the checkpoint has no target
+    network although the config has a `target_decay`.
   """
   config, source, mesh = opened.config, opened.source, opened.mesh
   loss, frozen, teacher = build_objective(config, mesh, source, opened.f, opened.trust)
@@ -133,7 +133,7 @@ def subject_of(opened: Opened) -> Subject:
       )
     except UserError as error:
       raise UserError(
-        f'config.target_decay: a study needs the target; {error}'
+        f'config.target_decay: a study needs the target network; {error}'
       ) from error
   everything = np.arange(len(source.examples))
 

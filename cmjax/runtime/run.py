@@ -38,7 +38,7 @@ from cmjax.samplers import Sampler, Samples
 
 
 class Run(NamedTuple):
-  """All that a config names, built."""
+  """Everything that a config names, built."""
 
   config: Config
   mesh: Mesh
@@ -60,7 +60,7 @@ class Run(NamedTuple):
     return self.config.total_steps
 
   def meta(self) -> dict[str, Any]:
-    """What a checkpoint holds beside its arrays."""
+    """What a checkpoint holds besides its arrays."""
     return {
       'config': to_json(self.config),
       'shape': list(self.source.shape),
@@ -93,21 +93,21 @@ def prepare(
   """Builds every part of a config, and reads its data and its teacher.
 
   Args:
-    config: checked, if it is a ConfigDict.
-    mesh: the devices; those of `config.mesh` if None.
+    config: checked first if it is a ConfigDict.
+    mesh: the device mesh; that of `config.mesh` if None.
     trust: packages whose functions the config of a teacher may name.
 
-  Raises: UserError naming the key, and what it may be.
+  Raises: UserError naming the key that is wrong, and what it may be.
   """
   config = checked(config)
   if mesh is None:
     mesh = cast(Mesh, build(config.mesh, 'config.mesh', Mesh))
-  parts = config.accumulate
-  if config.batch_size % parts:
+  num_parts, size = config.accumulate, config.batch_size
+  if size % num_parts:
     raise UserError(
-      f'config.accumulate: {parts} parts do not divide a batch of {config.batch_size}'
+      f'config.accumulate: {num_parts} does not divide the batch size {size}'
     )
-  sharding.check_divisible(config.batch_size // parts, mesh, 'config.batch_size')
+  sharding.check_divisible(size // num_parts, mesh, 'config.batch_size')
   given = given_by(config)
   samplers = build_each(config.samplers, 'config.samplers', Sampler)
   tx = build(
@@ -163,7 +163,8 @@ def build_objective(
 ) -> tuple[Loss, Frozen, Model | None]:
   """The objective, its frozen parameters, and the model of its teacher.
 
-  Raises: UserError if the objective takes no teacher, or it does not fit.
+  Raises: UserError if a teacher is given and the objective takes none, or the teacher
+    does not fit the data.
   """
   teacher, given = None, given_by(config)
   if config.teacher:
@@ -228,7 +229,7 @@ def _try_abstractly(run: Run) -> None:
       run.source.shape, run.source.classes, run.network.num_times
     )
     x, *rest = inputs
-    assert x is not None  # of the three, `cond` alone may be
+    assert x is not None  # only `cond` may be None
     raw = jax.eval_shape(run.network.apply, params, x, *rest)
     if getattr(raw, 'shape', None) != x.shape:
       got = getattr(raw, 'shape', f'a value of type {type(raw).__name__}')

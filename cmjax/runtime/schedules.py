@@ -1,4 +1,4 @@
-"""The schedules of a config: which parts they are, and whether they can work."""
+"""The schedules of a config: finds them among its parts, and checks their values."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,9 +16,9 @@ from cmjax.runtime.functions import is_schedule, parameters
 def schedules_of(config: Config) -> dict[str, Schedule]:
   """Every schedule of a config, built, by dotted path: of cmjax, optax or the user.
 
-  They are searched where a step is given: in the objective, the optimiser and the
-  decays. A part is one if its function's return annotation says so or, without one, the
-  annotation of the parameter that it is for.
+  Searches the parts that depend on the step: the objective, the optimiser and the
+  decays. A part is a schedule if the return annotation of its function says so or,
+  without one, if the annotation of the parameter that receives it does.
   """
   given = given_by(config)
   schedules: dict[str, Schedule] = {}
@@ -47,19 +47,19 @@ def given_by(config: Config) -> dict[str, int]:
 
 
 def five_steps(total: int) -> list[int]:
-  """The first step of a run, the last, and those at its quarters."""
+  """The first and the last step of a run, and those after each quarter of it."""
   return sorted({0, total // 4, total // 2, 3 * total // 4, max(total - 1, 0)})
 
 
 def check_schedules(config: Config, schedules: Mapping[str, Schedule]) -> None:
-  """Checks the learning rates and averages at five steps of a run.
+  """Checks the learning rates and decays at five steps of a run.
 
   Raises: UserError naming one that is out of range, and the step.
   """
   rates = [name for name in schedules if name.startswith('config.optimizer.')]
   decays = [f'config.ema.{name}' for name in config.ema]
   targets = ['config.target_decay'] if is_part(config.target_decay) else []
-  # A target network may stand still; an average that did would keep its first weights.
+  # A target network may be frozen; a frozen EMA would keep its initial weights.
   for names, low, high, interval in (
     (rates, 0.0, 1e30, 'finite and not negative'),
     (decays, 0.0, np.nextafter(1.0, 0.0), 'in [0, 1)'),

@@ -42,7 +42,7 @@ def start(coordinator: str = '', processes: int = 0, process: int = -1) -> None:
       coordinator or None,
       processes or None,
       None if process < 0 else process,
-      # The job ends once a process has been silent for as long.
+      # The job ends once a process has sent no heartbeat for this long.
       heartbeat_timeout_seconds=60,
     )
   except (RuntimeError, ValueError) as error:
@@ -73,7 +73,7 @@ def on_process_0(context: contextlib.AbstractContextManager[None]) -> Iterator[N
 
 
 def bytes_held(tree: Any) -> int:
-  """Bytes of a tree on each device by its shardings, without padding."""
+  """Bytes of a tree of sharded arrays on each device, without padding."""
   return sum(
     math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
     for a in jax.tree.leaves(tree)
@@ -146,7 +146,7 @@ def mesh(
   Args:
     fsdp: shard parameters, averages and optimiser state over the devices of a slice.
     num_slices: groups of devices with slow links between them, such as TPU slices or
-      GPU nodes; each holds a copy of the state, and only gradients cross.
+      GPU nodes; each holds a copy of the state, and they exchange only gradients.
     devices: all if None.
 
   Raises: ValueError if `num_slices` does not divide the number of devices.
@@ -177,7 +177,7 @@ def by_example(mesh: Mesh) -> NamedSharding:
 def of_state(mesh: Mesh, tree: Any) -> Any:
   """The sharding of each array of parameters, averages or optimiser state.
 
-  Arrays are sharded over `fsdp` along the longest axis that it divides.
+  Arrays are sharded over `fsdp` along their longest axis that its length divides.
   """
   num_shards = mesh.shape['fsdp']
 
@@ -201,11 +201,11 @@ def abstract(mesh: Mesh, tree: Any) -> Any:
 
 
 def check_divisible(batch_size: int, mesh: Mesh, where: str) -> None:
-  """Raises UserError, naming the key `where`, if the rows do not divide evenly."""
+  """Raises UserError, naming the key `where`, if devices get unequal shares."""
   n = mesh.size
   if batch_size % n:
     raise UserError(
-      f'{where}: {batch_size} examples do not divide over {n} devices; '
+      f'{where}: {batch_size} examples do not divide evenly over {n} devices; '
       f'the next size that does is {-(-batch_size // n) * n}'
     )
 
@@ -220,7 +220,7 @@ def attached(mesh: Mesh) -> bool:
 
 
 def place(tree: Any, shardings: Any) -> Any:
-  """Global device arrays of host arrays, of which every process has a copy.
+  """Global device arrays from host arrays, of which every process has a copy.
 
   `shardings` is a tree, or one for all arrays. Where the devices are not `attached`,
   returns shapes and dtypes with shardings instead.
@@ -244,7 +244,7 @@ def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
 
 
 def place_rows(tree: Any, rows: np.ndarray, batch_size: int, mesh: Mesh) -> Any:
-  """Global arrays sharded `by_example`, of host arrays that hold only `rows`."""
+  """Global arrays sharded `by_example`, from host arrays that hold only `rows`."""
 
   def put(a):
     def shard(index):

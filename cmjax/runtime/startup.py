@@ -6,7 +6,7 @@ Imports the standard library only, as it runs before jax is imported.
 import importlib.metadata
 import os
 
-# Compiles convolutions to Eigen, as other versions of jaxlib do. With YNNPACK, the
+# Compiles convolutions with Eigen, as other versions of jaxlib do. With YNNPACK, the
 # default of jaxlib 0.10, those of a U-Net take up to 1.5 times as long. XLA aborts on
 # an unknown flag, but all releases of jaxlib 0.10 have this one.
 _FLAG = '--xla_cpu_experimental_ynn_fusion_type'
@@ -16,8 +16,8 @@ _VALUE = '-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION'
 def fast_convolutions() -> None:
   """Adds a flag to `XLA_FLAGS` that makes convolutions fast on a CPU with jaxlib 0.10.
 
-  All flags of the user stay, also their own value of this one. Child processes inherit
-  the variable.
+  The user's flags are kept, including their own value of this one. Child processes
+  inherit the variable.
   """
   flags = os.environ.get('XLA_FLAGS', '').strip()
   is_file = flags and not flags.startswith('--')  # XLA_FLAGS may name a file

@@ -15,7 +15,7 @@ from cmjax.runtime.run import Run
 def init_state(
   params: Params, opt_state: Any, ema_names: tuple[str, ...], with_target: bool
 ) -> TrainState:
-  """The state of step 0; under `jit`, so that no two arrays share a buffer."""
+  """The state of step 0; call it under `jit`, so that no two arrays share a buffer."""
 
   def copy():
     return jax.tree.map(jnp.copy, params)
@@ -75,7 +75,7 @@ def first_state(run: Run) -> TrainState:
   return jax.jit(lambda params: _init(run, params), out_shardings=shardings)(params)
 
 
-# The two differ by a small change of c_skip and c_out.
+# Their c_skip and c_out differ only slightly.
 _INTERCHANGEABLE = {'cmjax.precond:edm', 'cmjax.precond:consistency'}
 
 
@@ -89,9 +89,9 @@ def weights(state: TrainState, name: str) -> Params:
 
 
 def check_memory(run: Run) -> None:
-  """Raises UserError if this machine has too little memory for the state, on CPUs.
+  """On CPUs, raises UserError if this machine has too little memory for the state.
 
-  Other devices raise a catchable error; a CPU process is killed.
+  Out of memory, other devices raise an error, but a process on a CPU is killed.
   """
   if jax.devices()[0].platform != 'cpu':
     return

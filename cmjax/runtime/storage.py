@@ -19,10 +19,10 @@ T = TypeVar('T')
 
 
 class Restored(NamedTuple):
-  """What is read of a checkpoint."""
+  """What is read from a checkpoint."""
 
   items: dict[str, Any]
-  meta: dict[str, Any]  # as it was given to `save_args`
+  meta: dict[str, Any]  # as given to `save_args`
   records: checksums.Records | None  # None: of version 0.2, which has no records
 
 
@@ -36,7 +36,7 @@ def save_args(items: Mapping[str, Any], meta: dict[str, Any]) -> ocp.args.Compos
 
 
 def read(folder: Path, step: int, likes: Mapping[str, Any]) -> Restored:
-  """`restore`, from a folder of checkpoints that is not written to."""
+  """`restore` from a folder of checkpoints, which is opened read-only."""
   with quiet(), ocp.CheckpointManager(folder, options=_READ_ONLY) as manager:
     return restore(manager, step, likes)
 
@@ -48,7 +48,7 @@ def restore(
 
   Arrays without records are not verified.
 
-  Raises: in all processes if in one: ValueError if a hash differs, or whatever orbax
+  Raises: in all processes if in any: ValueError if a hash differs, or whatever orbax
     raises.
   """
   args: dict[str, Any] = {
@@ -111,7 +111,7 @@ def _in_all_processes(call: Callable[[], T]) -> T:
   result, failure = [], None
   try:
     result.append(call())
-  except Exception as error:  # a damaged file raises many types of error
+  except Exception as error:  # damaged files raise errors of many types
     failure = error
   if not sharding.all_true(failure is None):
     raise failure or OSError('another process failed to read it')
@@ -143,7 +143,7 @@ def quiet() -> Iterator[None]:
 
 
 def collect() -> None:
-  """Frees failed tasks within `quiet`: their destructors print once more."""
+  """Frees failed tasks; call it within `quiet`, as their destructors print again."""
   with warnings.catch_warnings():
     warnings.simplefilter('ignore')
     gc.collect()

@@ -47,7 +47,7 @@ _ENVIRONMENT = {
 
 
 def stay_on_cpu() -> None:
-  """Makes jax compute on the CPU even if libtpu is installed; to be called first."""
+  """Makes jax use the CPU even if libtpu is installed; call it before any other use."""
   for name, value in _ENVIRONMENT.items():
     os.environ.setdefault(name, value)
   jax.config.update('jax_platforms', 'cpu')

@@ -6,9 +6,9 @@ import time
 
 import jax
 
-LEAST_S = 20.0  # well before jax.distributed ends a job whose processes are silent
-FACTOR = 10.0  # of the longest step: a report waits for all steps dispatched ahead
-WARM_UP = 10  # the first steps are dispatched without waiting, and seem to take no time
+LEAST_S = 20.0  # no report earlier; well before jax.distributed ends a silent job
+FACTOR = 10.0  # times the longest step: reading metrics waits for all steps dispatched
+WARM_UP = 10  # steps: the first are dispatched without waiting, so they seem to be fast
 
 
 class Watchdog:

@@ -27,7 +27,7 @@ class Window:
     self._rows: list[dict[str, Array]] = []
     self._num_steps: int = saved.get('steps', 0)
     self._sums = {METRICS.get(name, name): total for name, total in sums.items()}
-    self._skipped: list[int] = list(saved.get('skipped', ()))  # positions of steps
+    self._skipped: list[int] = list(saved.get('skipped', ()))  # positions in the window
     self.restart_clock()
 
   def add(self, metrics: dict[str, Array]) -> None:
@@ -38,7 +38,7 @@ class Window:
       jax.block_until_ready(self._rows[-AHEAD])
 
   def restart_clock(self) -> None:
-    """Excludes the time until now, and the steps until now, from images_per_s."""
+    """Excludes the time and the steps so far from images_per_s."""
     self._start, self._num_timed = time.monotonic(), 0
 
   def partial(self) -> dict[str, Any]:
@@ -47,7 +47,7 @@ class Window:
     return {'steps': self._num_steps, 'sums': self._sums, 'skipped': self._skipped}
 
   def close(self, step: int, batch_size: int) -> tuple[list[int], dict[str, float]]:
-    """Skipped steps and mean metrics up to `step`, with images_per_s; starts anew."""
+    """Skipped steps and mean metrics up to `step`, with images_per_s; empties it."""
     self._fetch()
     seconds = time.monotonic() - self._start
     means = {name: total / self._num_steps for name, total in self._sums.items()}
@@ -71,7 +71,7 @@ class Window:
 
 
 def check_skipped(skipped: Sequence[int], limit: int, seed: int) -> None:
-  """Raises FloatingPointError for more skipped steps than the limit."""
+  """Raises FloatingPointError if more steps were skipped than the limit."""
   if len(skipped) > limit:
     raise FloatingPointError(
       f'config.max_skipped_steps: {len(skipped)} steps were skipped, as loss, gradient '
@@ -90,7 +90,7 @@ def check_learned(
       f'all {num_steps} steps were skipped, as loss, gradient or update was not '
       'finite; lower the learning rate, or check the data'
     )
-  finite = [loss for loss in losses if math.isfinite(loss)]  # others have skipped steps
+  finite = [loss for loss in losses if math.isfinite(loss)]  # not if a step was skipped
   if finite and finite[-1] > MAX_RISE * max(abs(finite[0]), 1.0):
     raise FloatingPointError(
       f'the loss rose from {finite[0]:.4g} to {finite[-1]:.4g}: the run diverged; '

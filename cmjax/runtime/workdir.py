@@ -25,7 +25,7 @@ def folder(text: str) -> Path:
 
 
 def own_config(workdir: Path, trust: Iterable[str] = ()) -> ConfigDict | None:
-  """The config of the run in a work directory, None if it holds no run.
+  """The config of the run in a work directory; None if it holds no run.
 
   Read from `config.json`, or from the newest checkpoint if that file is missing.
 
@@ -38,7 +38,7 @@ def own_config(workdir: Path, trust: Iterable[str] = ()) -> ConfigDict | None:
     return None
   if not checkpoint.is_run(workdir):
     raise UserError(
-      f'{workdir} holds weights and no run; to train from them give '
+      f'{workdir} holds weights but no run; to train from them give '
       f'--config.init_from={workdir} and another --workdir'
     )
   text = checkpoint.read_meta(workdir)['config']
@@ -78,7 +78,7 @@ def check_claim(workdir: Path, config: Config) -> None:
   old = own_config(workdir)
   if old is None:
     return
-  changed = [  # a key that runs did not have then is left out
+  changed = [  # except keys that did not exist when the run started
     f'{key}: {change}'
     for key, change in differences(old, config).items()
     if key.split('.')[1] in old and not may_change(key)
@@ -102,7 +102,7 @@ def write_config(workdir: Path, config: Config) -> None:
 
 
 def caught_up(workdir: Path) -> int | None:
-  """The last step of a run that has ended with its pictures and evaluations."""
+  """The last step of a run whose last pictures and evaluations are done, or None."""
   try:
     return int((workdir / '.ended').read_text(encoding='ascii'))
   except (OSError, ValueError):
@@ -110,7 +110,7 @@ def caught_up(workdir: Path) -> int | None:
 
 
 def mark_caught_up(workdir: Path, step: int) -> None:
-  """Writes what `caught_up` reads: a saved checkpoint cannot be changed."""
+  """Writes what `caught_up` reads; a saved checkpoint cannot be changed to hold it."""
   new = workdir / '.ended.new'
   new.unlink(missing_ok=True)
   new.write_text(str(step), encoding='ascii')
