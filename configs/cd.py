@@ -8,7 +8,7 @@ Source:    Song et al. 2023, algorithm 2 and table 3: N = 18, RAdam 4e-4, batch 
            length are cmjax choices
 Differs:   cifar10: the squared l2 norm of their ablation, not LPIPS
 Expected:  cifar10: FID 3.55 at one evaluation, 2.93 at two, with LPIPS (their table 1)
-Measured:  toy2d: error of the map 0.022; digits, of width 192:
+Measured:  toy2d: error of the map 0.022; digits, width 192:
            0.604 at one evaluation, 0.217 at two (means of three seeds)
 """
 

@@ -7,7 +7,7 @@ Source:    Song et al. 2023, theorem 5, with lambda = (tau^-1)'; cifar10: batch
            512, RAdam 5e-6, dropout 0.3, EMA 0.9999 (released launch script); toy2d,
            digits: optimiser, EMA and length are cmjax choices
 Expected:  cifar10: the "l2, stopgrad" curve of their figure 7 (no number is given)
-Measured:  toy2d: error of the map 0.036; digits, of width 192:
+Measured:  toy2d: error of the map 0.036; digits, width 192:
            1.105 at one evaluation, 0.440 at two (means of three seeds)
 """
 

@@ -7,7 +7,7 @@ Source:    Song et al. 2023, theorem 6, with lambda = (tau^-1)'; cifar10: batch
            512, RAdam 5e-6, dropout 0.3, EMA 0.9999 (released launch script); toy2d,
            digits: optimiser, EMA and length are cmjax choices
 Expected:  cifar10: the "l2" curve of their figure 7 (no number is given)
-Measured:  toy2d: error of the map 0.067; digits, of width 192:
+Measured:  toy2d: error of the map 0.067; digits, width 192:
            0.873 at one evaluation, 0.315 at two (means of three seeds)
 """
 

@@ -7,7 +7,7 @@ Source:    Song et al. 2023, algorithm 3 and table 3: N(k) and mu(k) of appendix
            weighting, optimiser, EMA and length are cmjax choices
 Differs:   cifar10: the squared l2 norm of their ablation, not LPIPS
 Expected:  cifar10: FID 8.70 at one evaluation, 5.83 at two, with LPIPS (their table 1)
-Measured:  toy2d: error of the map 0.065; digits, of width 192:
+Measured:  toy2d: error of the map 0.065; digits, width 192:
            0.638 at one evaluation, 0.301 at two (means of three seeds)
 """
 

@@ -4,15 +4,15 @@ Command:   cmjax --config=ect:digits --workdir=runs/ect
              --config.init_from=runs/edm
 Hardware:  digits: two CPU cores, about three minutes; toy2d one; cifar10: 20 steps of a
            narrow network on two CPU cores; imagenet64: not run, compiled for TPUs
-           (README.md, "Compile for a TPU without one")
+           (launch/README.md, "Compile for a TPU without one")
 Source:    Geng et al. 2024 (ECT); cifar10: locuslab/ect `run_ecm.sh`, and cifar10_1h
            `run_ecm_1hour.sh`; toy2d, digits: smooth stages, optimiser and length are
-           cmjax choices; imagenet64: branch imgnet, `run_imgnet_ecm.sh` and the presets
+           cmjax choices; imagenet64: branch imgnet, `run_imgnet_ecm.sh` and the preset
            of EDM2-S; imagenet64_xl: preset of EDM2-XL, 100k steps of 1024 (paper)
 Differs:   released networks sample with `--config.precond.sigma_min=0.003`; optax's
            RAdam adds eps after its bias correction, PyTorch's before; imagenet64: TFDS
            does not resize as EDM2's tool does; imagenet64_xl: bfloat16, recomputed
-           blocks and a sharded state are cmjax choices, to fit
+           blocks and a sharded state are cmjax choices, to fit in memory
 Expected:  digits: pixel Frechet distance <= 0.18 at one evaluation, <= 0.12 at two;
            label agreement >= 0.98; cifar10: FID 3.86 at one evaluation, 2.15 at two
            (locuslab/ect README); cifar10_1h: 2.73 at two (abstract of the paper);

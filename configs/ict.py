@@ -7,7 +7,7 @@ Source:    Song & Dhariwal 2023 (iCT), tables 1 and 4: N(k) from 11 to 1281, RAd
            optimiser, EMA and length are cmjax choices
 Differs:   cifar10: DDPM++ instead of NCSN++ with a Fourier embedding of scale 0.02
 Expected:  cifar10: FID 2.83 at one evaluation, 2.46 at two (their table 2)
-Measured:  toy2d: error of the map 0.039; digits, of width 192:
+Measured:  toy2d: error of the map 0.039; digits, width 192:
            0.427 at one evaluation, 0.174 at two (means of three seeds)
 """
 

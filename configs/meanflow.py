@@ -8,7 +8,7 @@ Source:    Geng et al. 2025 (MeanFlow); cifar10: their py-meanflow, logit-normal
            of their ImageNet runs; optimiser, EMA and length are cmjax choices
 Differs:   cifar10: without EDM's augmentation
 Expected:  cifar10: FID 2.92 at one evaluation (their table 3)
-Measured:  toy2d: error of the map 0.082; digits, of width 192:
+Measured:  toy2d: error of the map 0.082; digits, width 192:
            0.570 at one evaluation, 0.192 at two (means of three seeds)
 """
 

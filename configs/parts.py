@@ -7,11 +7,11 @@ from ml_collections import ConfigDict
 from cmjax.core import UserError
 
 REQUIRED = '?'  # must be given: --config.KEY=VALUE
-# The data that every objective has a config for: --config=OBJECTIVE:DATA.
+# The data sets that every config takes: --config=OBJECTIVE:DATA.
 DATA = ('toy2d', 'digits', 'cifar10')
 
 
-Config = Any  # a ConfigDict: what its keys hold is not known to a type checker
+Config = Any  # a ConfigDict; type checkers do not know the types of its values
 
 
 def on(data: str, **network) -> Config:
@@ -114,7 +114,7 @@ def digits(conditional: bool = True) -> dict:
 
 
 def cifar10(flip: bool) -> dict:
-  """CIFAR-10 by TFDS; data_dir is TFDS's own, or the variable CMJAX_DATA_DIR."""
+  """CIFAR-10 from TFDS; empty data_dir: that of CMJAX_DATA_DIR, else TFDS's own."""
   return dict(
     fn='cmjax.data.tfds:tfds',
     name='cifar10',
@@ -127,7 +127,7 @@ def cifar10(flip: bool) -> dict:
 
 
 def imagenet64() -> dict:
-  """ImageNet at 64x64 with its 1,000 labels by TFDS; takes 16 GB of memory."""
+  """ImageNet at 64x64 with its 1,000 labels from TFDS; takes 16 GB of memory."""
   return dict(
     fn='cmjax.data.tfds:tfds',
     name='imagenet_resized/64x64',
@@ -226,7 +226,7 @@ def two_time_precond() -> dict:
 
 
 def studies(data: str) -> dict:
-  """The studies of --mode=study; on toy2d also the error of the exact map."""
+  """The studies of --mode=study; on toy2d also the error against the exact map."""
   sigmas = dict(sigma_min=0.01, sigma_max=80.0, num_sigmas=12)
   parts: dict[str, dict] = dict(
     tangents=dict(
@@ -306,7 +306,7 @@ def squared_l2() -> dict:
 
 
 def pseudo_huber(c: float) -> dict:
-  """The metric of iCT; with c = 0, of ECT, the unsquared l2 norm."""
+  """The metric of iCT; with c = 0 the unsquared l2 norm, the metric of ECT."""
   return dict(fn='cmjax.distances:pseudo_huber', c=c)
 
 
@@ -316,7 +316,7 @@ def lpips(resize: int = 224) -> dict:
 
 
 def lpips_weights() -> dict:
-  """Downloaded weights of LPIPS; see README.md, "Perceptual networks"."""
+  """Downloaded weights of LPIPS; see cmjax/port/README.md, "Perceptual networks"."""
   return dict(fn='cmjax.port.vision:load_lpips', vgg=REQUIRED, heads=REQUIRED)
 
 
@@ -336,7 +336,7 @@ def radam(learning_rate: dict, b2: float = 0.999) -> dict:
 
 
 def constant(value: float) -> dict:
-  """The same at every step: a learning rate, or a decay of an EMA."""
+  """A constant schedule, of a learning rate or of the decay of an EMA."""
   return dict(fn='cmjax.schedules:constant', value=value)
 
 
@@ -346,7 +346,7 @@ def cosine(peak: float, warmup_images: int = 0) -> dict:
 
 
 def inverse_root(peak: float, hold_images: int) -> dict:
-  """Constant, then falling as one over the root of the images, as EDM2 does."""
+  """Constant, then falling as one over the square root of the images, as in EDM2."""
   return dict(fn='cmjax.schedules:inverse_root', peak=peak, hold_images=hold_images)
 
 

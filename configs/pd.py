@@ -7,10 +7,10 @@ Source:    Salimans & Ho 2022, algorithm 2; cifar10: openai/consistency_models_c
            from 4096 steps, Adam 5e-5 falling to zero in each stage of 50,000
            iterations, gradients clipped to 1; toy2d, digits: from 16 steps, stages,
            optimiser and EMA are cmjax choices
-Differs:   the optimiser's state is kept from stage to stage; stages are equally long,
-           but theirs of two steps and of one take 100,000 and 150,000 iterations
+Differs:   the optimiser's state is kept from stage to stage; stages are equally long;
+           theirs with two steps and one step take 100,000 and 150,000 iterations
 Expected:  cifar10: FID 8.34 at one evaluation, 5.58 at two (Song et al. 2023, table 1)
-Measured:  toy2d: error of the map 0.099; digits, of width 192:
+Measured:  toy2d: error of the map 0.099; digits, width 192:
            0.997 at one evaluation, 0.458 at two (means of three seeds)
 """
 

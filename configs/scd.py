@@ -8,7 +8,7 @@ Source:    Lu & Song 2024 (sCM), algorithm 1 and appendix G: P = -1.0, 1.4, norm
            half-life 0.5 M images; length of NVlabs/FastGen; toy2d, digits: optimiser,
            EMA, warm-up and length are cmjax choices
 Expected:  cifar10: FID 3.66 at one evaluation, 2.52 at two (sCD, their table 1)
-Measured:  toy2d: error of the map 0.033; digits, of width 192:
+Measured:  toy2d: error of the map 0.033; digits, width 192:
            0.639 at one evaluation, 0.290 at two (means of three seeds)
 """
 

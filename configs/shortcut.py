@@ -8,7 +8,7 @@ Source:    Frans et al. 2024 (shortcut models): r < t in a quarter of the batch,
 Differs:   half steps are not clipped; the network is given t - r, not its logarithm
 Expected:  no published numbers on these data
 Measured:  toy2d: error of the map 0.049, most of it at noise levels from 2 to 10,
-           from which no single step is trained; digits, of width 192:
+           from which no single step is trained; digits, width 192:
            0.330 at one evaluation, 0.260 at two (means of three seeds)
 """
 

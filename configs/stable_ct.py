@@ -8,7 +8,7 @@ Source:    Wang et al. 2024 (Stable Consistency Tuning): target, 1 / (t - r), th
            threshold, 3 sqrt(features / 3072), below which the posterior is one example,
            are cmjax choices
 Expected:  cifar10: FID 3.11 at one evaluation, 2.05 at two (their table)
-Measured:  toy2d: error of the map 0.043; digits, of width 192:
+Measured:  toy2d: error of the map 0.043; digits, width 192:
            0.457 at one evaluation, 0.178 at two (means of three seeds)
 """
 

@@ -8,7 +8,7 @@ Source:    Song et al. 2023, theorem 3, with lambda = (tau^-1)'; cifar10: batch
            digits: optimiser, EMA and length are cmjax choices
 Differs:   their released run takes the unsquared norm, which is `theorem4`
 Expected:  no published numbers for the squared norm
-Measured:  toy2d: error of the map 0.054; digits, of width 192:
+Measured:  toy2d: error of the map 0.054; digits, width 192:
            1.282 at one evaluation, 0.464 at two (means of three seeds)
 """
 

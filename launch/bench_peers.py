@@ -57,7 +57,7 @@ class CannotRunError(Exception):
 
 
 def variants(peer: str, precision: str, platform: str) -> list[str]:
-  """All ways to run a peer at a precision: dtype, memory layout, compiler.
+  """All variants of a peer at a precision: dtype, memory layout, compiler.
 
   jcm supports only float32.
   """
@@ -224,7 +224,7 @@ def _module(task: dict[str, Any]) -> types.ModuleType:
   """The file of launch/peers, which imports from the checkout."""
   path = ROOT / 'launch' / 'peers' / f'{task["side"]}.py'
   spec = importlib.util.spec_from_file_location(f'bench_{task["side"]}', path)
-  assert spec  # of every .py file
+  assert spec  # every .py file has one
   assert spec.loader
   module = importlib.util.module_from_spec(spec)
   sys.path[0] = task['checkout']
@@ -347,7 +347,7 @@ def _cores() -> int:
 
 
 def _revision(checkout: Path) -> str:
-  """The commit of a checkout of git."""
+  """The commit of a git checkout."""
   command = ['git', '-C', str(checkout), 'rev-parse', '--short', 'HEAD']
   with contextlib.suppress(OSError):
     process = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -2,9 +2,9 @@
 
 Usage: python launch/compare.py --data=digits --table=objectives --out=runs/compare
 
-All students start from the same diffusion teacher and train for the same number of
-steps; recipes without a teacher also train for the steps of the teacher. A run that
-exists in --out is resumed if it is incomplete, and not repeated otherwise.
+All students start from the EDM or TrigFlow model of their seed and train for the same
+number of steps; recipes that start from random weights train for its steps too. A run
+that exists in --out is resumed if it is incomplete, and not repeated otherwise.
 """
 
 import argparse
@@ -188,7 +188,7 @@ def main() -> None:
   folder = flags.out.resolve() / flags.data
   rows, workdirs = rows_of(flags.table, flags.data), {}
   with futures.ThreadPoolExecutor(flags.jobs) as pool:
-    for starts in (True, False):  # the others need the weights of these
+    for starts in (True, False):  # the others start from the weights of these
       jobs = [
         (name, seed)
         for seed in range(flags.seeds)

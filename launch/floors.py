@@ -67,7 +67,7 @@ def placed(text: str, picture: str) -> str:
   before, begin, rest = text.partition(BEGIN)
   _, end, after = rest.partition(END)
   if not begin or not end:
-    raise SystemExit(f'README.md: needs the line {BEGIN.splitlines()[0]}, and its end')
+    raise SystemExit(f'README.md: needs the line {BEGIN.splitlines()[0]} and its end')
   return f'{before}{begin}{picture}{end}{after}'
 
 

@@ -1,4 +1,4 @@
-"""Prints the oldest versions that setup.cfg allows, as constraints of pip.
+"""Prints the oldest versions that setup.cfg allows, as constraints for pip.
 
 Usage: python launch/lower_bounds.py > constraints.txt
 """

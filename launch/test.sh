@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the tests, one file per core at a time; arguments go to pytest. Needs Python 3.11.
+# Runs the tests, one file per core at a time; arguments go to pytest. Python >= 3.11.
 # Usage: launch/test.sh [--fast] [PYTEST_ARGUMENTS...]   (--fast: without the slow files)
 # For a second Python: VENV=.venv-3.11 PYTHON=python3.11 launch/test.sh
 set -euo pipefail

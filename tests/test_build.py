@@ -71,7 +71,7 @@ def test_parts_inside_parts_are_built_first_and_what_the_run_gives_reaches_all()
   assert inner['child']['value'] == 2.0
 
 
-def test_an_int_will_do_for_a_float():
+def test_an_int_is_accepted_for_a_float():
   assert made(fn=LEAF, value=2)['value'] == 2
 
 
@@ -227,7 +227,7 @@ def test_a_mistake_in_a_function_of_the_users_keeps_its_traceback():
   assert "raise ValueError('value must not be negative')" in shown
 
 
-def test_so_does_one_that_is_called_by_a_function_of_cmjax():
+def test_a_mistake_in_a_function_called_by_cmjax_keeps_its_traceback():
   rest = dict(relative_gap=None, distance=None, weighting=None)
   with pytest.raises(ValueError, match='must not be negative'), user_errors('x'):
     consistency.ect(None, times=lambda *_: leaf(value=-1.0), **rest)
@@ -323,7 +323,9 @@ def payload(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('place', PLACES)
-def test_of_a_strangers_config_nothing_but_its_kind_of_cmjax_is_called(place, payload):
+def test_an_untrusted_config_calls_only_cmjax_functions_of_the_right_kind(
+  place, payload
+):
   kind, _ = PLACES[place]
   before = set(sys.modules)
   for fn, keywords in HOSTILE:
@@ -335,7 +337,7 @@ def test_of_a_strangers_config_nothing_but_its_kind_of_cmjax_is_called(place, pa
   assert not new & {'payload_module', 'runpy', 'webbrowser', 'optax.payload'}
 
 
-def test_nor_what_stands_inside_a_part(payload):
+def test_an_untrusted_part_inside_a_part_is_not_called(payload):
   for fn, keywords in HOSTILE:
     inner = dict(fn=fn, **keywords)
     for outer, key, kind in (
@@ -353,7 +355,7 @@ def test_nor_what_stands_inside_a_part(payload):
 
 
 @pytest.mark.parametrize('place', PLACES)
-def test_what_cmjax_wrote_itself_opens(place, tmp_path):
+def test_functions_of_cmjax_in_an_untrusted_config_are_built(place, tmp_path):
   kind, fn = PLACES[place]
   needs = {'value': 0.9} if 'schedules' in fn else {}
   needs = {'learning_rate': 1e-3} if 'optax' in fn else needs
@@ -372,7 +374,7 @@ def test_a_package_that_is_trusted_may_be_named(tmp_path):
   assert built['value'] == 1.0
 
 
-def test_copies_of_a_config_stay_foreign(tmp_path):
+def test_copies_of_an_untrusted_config_stay_untrusted(tmp_path):
   part = foreign(dict(fn='os:system', command='x'), tmp_path)
   config = ConfigDict(dict(network=part))
   for each in (
@@ -470,7 +472,7 @@ def test_a_schedule_of_optax_is_found_built_and_checked(tmp_path):
   assert told.startswith('config.ema.slow: must be in [0, 1), and is 3')
 
 
-def test_no_module_of_a_strangers_is_imported_to_look_for_schedules(payload):
+def test_no_module_of_an_untrusted_config_is_imported_to_find_schedules(payload):
   config = load('edm:digits')
   for place in ('optimizer', 'objective', 'target_decay'):
     part = foreign(dict(fn='payload_module:anything'), payload)

@@ -392,7 +392,7 @@ def in_each_process(workdir):
   assert folders(workdir) == ['1', '2.damaged', '3.damaged']
 
 
-def test_two_processes_agree_on_what_is_whole(tmp_path):
+def test_two_processes_agree_on_which_checkpoints_are_intact(tmp_path):
   with socket.socket() as probe:
     probe.bind(('localhost', 0))
     address = f'localhost:{probe.getsockname()[1]}'

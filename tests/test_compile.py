@@ -182,7 +182,7 @@ def test_without_attached_devices_everything_frozen_is_abstract(tmp_path, monkey
   assert report.memory.total >= report.memory.arguments + report.memory.temporaries
 
 
-def test_an_abstract_batch_is_as_the_real_one(unet):
+def test_an_abstract_batch_has_the_shapes_of_the_real_one(unet):
   real, abstract = batch(unet, 0), abstract_batch(unet)
   for a, b in zip(jax.tree.leaves(real), jax.tree.leaves(abstract)):
     assert (a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding)
@@ -192,7 +192,7 @@ def test_an_abstract_batch_is_as_the_real_one(unet):
 
 
 @pytest.mark.parametrize('name', ['v9:2x2', 'v5e', 'v5e:', 'v5e-16', '0*v5e:2x2', ''])
-def test_an_unresult_topology_names_those_that_are_result(name):
+def test_an_unknown_topology_names_the_known_chips(name):
   with pytest.raises(core.UserError, match=r'like v5e:16x16.* v4, v5e, v5p, v6e'):
     topology.devices(name)
 
@@ -246,7 +246,7 @@ def test_a_step_compiles_for_a_tpu_that_is_not_attached(on_tpus):
 
 
 @NEEDS_LIBTPU
-def test_what_does_not_fit_says_so(on_tpus):
+def test_a_step_that_does_not_fit_is_reported(on_tpus):
   run = on_tpus('v5e:1x1', network__width=2**15)  # 34 GB of state
   result = compile.facts(run, 'v5e:1x1', -1, compile.compile_step(run))
   assert not result['fits']
@@ -262,7 +262,7 @@ def test_slices_are_the_first_axis_of_a_mesh():
 
 
 @NEEDS_LIBTPU
-def test_the_command_writes_a_page_and_its_facts_and_overwrites_none(tmp_path):
+def test_the_command_writes_markdown_and_json_and_overwrites_nothing(tmp_path):
   # In a process of its own, without the settings that tests give jax.
   command = [*SMALL, '--mode=compile', '--topology=v5e:2x2', '--blank=8,1,10']
   start = [sys.executable, '-m', 'cmjax.main', f'--workdir={tmp_path}']

@@ -128,14 +128,14 @@ def test_a_config_may_import_its_neighbours_and_is_checked(tmp_path, monkeypatch
   assert told == 'config.batchsize: unknown key, did you mean batch_size?'
 
 
-def test_what_must_be_given_is_named_wherever_it_is(config):
+def test_required_keys_are_named_at_any_depth(config):
   require(checked(config))
   for key in ('init_from', 'network.dtype'):
     told = refusal(require, checked(changed(config, key, REQUIRED)))
     assert told == f'config.{key}: must be given, as in --config.{key}=VALUE'
 
 
-def test_differences_are_told_by_key(config):
+def test_differences_are_reported_by_key(config):
   assert differences(config, config.copy_and_resolve_references()) == {}
   other = changed(config, 'batch_size', 7)
   other = changed(other, 'network.width', ...)
@@ -150,7 +150,7 @@ def test_differences_are_told_by_key(config):
   assert differences(other, changed(config, 'network.sizes', (1, 2))) == {}
 
 
-def test_a_config_may_import_those_that_ship_and_leaves_no_name_of_theirs(tmp_path):
+def test_a_config_may_import_shipped_configs_without_leaving_modules_behind(tmp_path):
   (tmp_path / 'own.py').write_text(
     'from cmjax.configs import edm, parts\n'
     'def get_config(width):\n'

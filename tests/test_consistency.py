@@ -174,7 +174,7 @@ def test_ict_is_ct_with_its_parts_written_out():
     assert np.all(found.loss > 0)
 
 
-def test_ict_passes_on_its_grid_and_its_bins():
+def test_ict_passes_on_its_grid_and_its_num_scales():
   grid = dict(sigma_min=0.1, sigma_max=2.0, rho=3.0)
   loss = consistency.ict(
     scaled, num_scales=schedules.constant(value=4.0), c=0.03, mean=2.0, std=0.4, **grid

@@ -77,13 +77,13 @@ def test_blank_images_take_no_memory_and_make_batches():
   ],
   ids=str,
 )
-def test_blank_images_that_cannot_be_are_refused(numbers):
+def test_invalid_sizes_of_blank_images_are_refused(numbers):
   with pytest.raises(ValueError, match=f'{list(numbers)[-1]}='):
     blank(**numbers)
 
 
 @pytest.mark.parametrize('samples', [0, -1, 10**11, 2**31])
-def test_numbers_of_points_that_cannot_be_are_refused(samples):
+def test_invalid_numbers_of_points_are_refused(samples):
   with pytest.raises(ValueError, match=f'{samples=}'):
     points(oracle=oracles.ring(), num_samples=samples)
 
@@ -94,7 +94,7 @@ def test_points_that_do_not_fit_into_memory_are_refused(monkeypatch):
     points(oracle=oracles.ring(), num_samples=1000)
 
 
-def test_a_batch_of_more_than_there_are_names_both_numbers():
+def test_a_batch_larger_than_the_data_names_both_numbers():
   check_batch(source(n=10), 10)
   with pytest.raises(UserError, match=r'batch of 11 .* noise has 10;') as error:
     check_batch(source(n=10), 11)
@@ -240,7 +240,7 @@ def test_every_grey_of_the_digits_has_its_own_uint8():
 
 
 @pytest.mark.parametrize('make', [source, digits])
-def test_clip_keeps_what_data_can_be_and_bounds_the_rest(make):
+def test_clip_keeps_the_range_of_the_data_and_bounds_the_rest(make):
   s = make()
   x0 = as_x0(s, s.examples)
   # One rounding of float32 at the ends of the range.
@@ -342,7 +342,7 @@ def test_npz_of_uint8_with_labels(tmp_path):
   assert from_path(path=path).labels is None
 
 
-def test_npz_of_floats_is_x0_as_it_stands(tmp_path):
+def test_npz_of_floats_is_x0_unchanged(tmp_path):
   values = np.random.default_rng(0).uniform(-1, 1, (5, 7))
   s = from_path(path=save_npz(tmp_path, images=values))
   assert (s.examples.dtype, s.shape) == (np.float32, (7,))

@@ -49,7 +49,7 @@ def test_a_sample_depends_on_its_index_and_the_seed_alone(one_device):
   np.testing.assert_array_equal(painted, first.labels)
 
 
-def test_samples_are_clipped_to_what_data_can_be(one_device):
+def test_samples_are_clipped_to_the_range_of_the_data(one_device):
   source = digits()
 
   def wild(params, x, t, cond, *, key=None):

@@ -262,7 +262,7 @@ def test_stored_floats_and_bytes_give_the_same(x64):
   np.testing.assert_allclose(found[0], found[1], atol=1e-6)
 
 
-def test_of_the_whole_set_it_is_the_exact_denoiser_of_the_set(x64):
+def test_stable_denoiser_over_the_whole_set_is_its_exact_denoiser(x64):
   source = stored_examples(conditional=False, kind='float32')
   index = np.arange(sum(SIZES))
   t = np.geomspace(0.1, 100.0, len(index))
@@ -277,7 +277,7 @@ def test_of_the_whole_set_it_is_the_exact_denoiser_of_the_set(x64):
   np.testing.assert_allclose(found.reshape(exact.shape), exact, atol=1e-12)
 
 
-def test_of_one_example_it_is_the_example_to_the_bit():
+def test_stable_denoiser_over_one_example_is_the_example_to_the_bit():
   source = stored_examples()._replace(labels=np.arange(sum(SIZES)), classes=sum(SIZES))
   x0, x = (v.astype(jnp.float32) for v in noisy(source, INDEX, LEVELS))
   found = stable(source, x0, x, LEVELS, INDEX)

@@ -136,7 +136,7 @@ def lines(workdir):
   return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
 
 
-def test_every_line_of_the_metrics_is_json_and_there_at_once(log, tmp_path):
+def test_every_line_of_the_metrics_is_json_and_written_at_once(log, tmp_path):
   log.scalars(10, {'loss': 0.5, 'norm': math.nan, 'worst': math.inf})
   assert lines(tmp_path) == [{'step': 10, 'loss': 0.5, 'norm': None, 'worst': None}]
   log.scalars(20, {'loss': 0.25})
@@ -295,7 +295,7 @@ def test_long_work_reports_its_progress(capsys, monkeypatch):
   ]
 
 
-def test_json_has_null_for_what_it_cannot_hold(tmp_path):
+def test_json_has_null_for_numbers_that_are_not_finite(tmp_path):
   path = tmp_path / 'new' / 'facts.json'
   logs.write_json(path, {'a': [1.5, math.nan], 'b': {'c': (math.inf, 'x')}})
   assert json.loads(path.read_text()) == {'a': [1.5, None], 'b': {'c': [None, 'x']}}
@@ -342,7 +342,7 @@ def test_whole_numbers_of_a_table_are_in_full(value, text):
   assert logs.number(value) == text
 
 
-def test_curves_leave_a_gap_where_an_axis_of_logarithms_has_no_place():
+def test_curves_leave_a_gap_at_values_that_a_log_axis_cannot_show():
   rows = [{'t': t, 'y': y} for t, y in ((1.0, 0.1), (10.0, 0.0), (100.0, 0.1))]
   gap = logs.curves(rows, 't', ('y',))
   kept = logs.curves([rows[0], rows[2]], 't', ('y',))

@@ -689,7 +689,7 @@ def test_how_a_config_of_the_users_ends_is_shown(text, code, told, tmp_path, cap
   assert 'a bug in cmjax' not in err
 
 
-def test_a_reader_that_ends_early_is_no_fault():
+def test_a_closed_pipe_prints_no_error():
   done = subprocess.run(
     ['bash', '-c', '"$@" --mode=configs | true; exit "${PIPESTATUS[0]}"', 'x',
      sys.executable, '-m', 'cmjax'],
@@ -745,7 +745,7 @@ def test_an_evaluation_is_a_table_of_those_samples_beside_earlier_ones(answers, 
   assert text in out
 
 
-def test_weights_leave_as_safetensors_and_come_back_to_sample_and_to_teach(
+def test_weights_written_as_safetensors_can_sample_and_be_a_teacher(
   answers, trained, place
 ):
   for name in ('weights out', 'and in', 'sample of them', 'teach with them'):

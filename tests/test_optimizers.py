@@ -65,7 +65,7 @@ def test_gains_are_left_to_the_optimiser(trained):
   )  # a constant of the network: its gradient is zero
 
 
-def test_a_config_can_name_it():
+def test_a_config_can_name_unit_weights():
   part = dict(
     fn='cmjax.optimizers:unit_weights',
     optimizer=dict(fn='optax:sgd', learning_rate=1.0),
@@ -78,7 +78,7 @@ def test_a_config_can_name_it():
   np.testing.assert_array_equal(moved['bias'], params['bias'])
 
 
-def test_it_needs_params():
+def test_unit_weights_needs_params():
   tx = optimizers.unit_weights(optimizer=optax.sgd(1.0))
   with pytest.raises(ValueError, match='needs params'):
     tx.update({'weight': jnp.ones((2, 2))}, tx.init({'weight': jnp.ones((2, 2))}))

@@ -181,9 +181,7 @@ def test_inception_resizes_as_its_own_graph(tensors, golden):
     assert relative(value, golden['inception'][f'tensorflow1.{name}']) < 1e-5
 
 
-def test_inception_does_not_mix_images_or_care_for_their_type(
-  inception_features, golden
-):
+def test_inception_keeps_images_apart_whatever_their_dtype(inception_features, golden):
   images = golden['inception']['small.images']
   two = inception_features(np.concatenate([255 - images, images]).astype(np.float32))
   for alone, both in zip(inception_features(images), two):

@@ -106,7 +106,7 @@ def test_a_sigterm_to_one_process_is_enough(pod, tmp_path):
   assert (tmp_path / 'checkpoints' / step).is_dir()
 
 
-def test_a_process_that_dies_takes_the_others_with_it_also_a_stopped_one(pod):
+def test_a_process_that_dies_ends_the_others_even_a_stopped_one(pod):
   running, pids = pod
   start = time.monotonic()
   os.kill(pids[0], signal.SIGSTOP)

@@ -144,7 +144,7 @@ def test_an_old_and_a_new_name_at_once_are_refused():
     *('cmjax.evaluate.os:system', 'cmjax.data:digits:x', 'evaluate:eval', 'os:system'),
   ],
 )
-def test_a_translated_name_stays_a_strangers(path):
+def test_a_translated_name_of_an_untrusted_config_stays_untrusted(path):
   config = from_json(old_text('ect:digits', objective=dict(fn=path)))
   assert isinstance(config.objective.fn, Foreign)
   assert config.objective.fn.trusted == ()

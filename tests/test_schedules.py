@@ -285,7 +285,7 @@ def test_adaptive_curriculum_has_the_published_values(name):
   np.testing.assert_allclose(jax.jit(schedule)(steps), released, atol=6e-6)
 
 
-def test_adaptive_bins_are_whole_and_never_fall():
+def test_adaptive_num_scales_are_integers_and_never_fall():
   bins = np.asarray(
     jax.jit(
       schedules.adaptive_num_scales(
@@ -300,7 +300,9 @@ def test_adaptive_bins_are_whole_and_never_fall():
 
 @PLAIN_AND_COMPILED
 @pytest.mark.parametrize('iterations', [400_000, 800_000])
-def test_doubling_bins_are_those_of_ict_in_eight_equal_stages(iterations, compiled):
+def test_doubling_num_scales_are_those_of_ict_in_eight_equal_stages(
+  iterations, compiled
+):
   schedule = compiled(
     schedules.doubling_num_scales(batch_size=1024, total_images=1024 * iterations)
   )

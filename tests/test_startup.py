@@ -76,7 +76,7 @@ def test_the_module_imports_no_jax():
     ('import jax, cmjax', False),
   ],
 )
-def test_the_flag_is_read_with_the_first_backend(imports, by_ynnpack):
+def test_xla_reads_the_flag_with_the_first_backend(imports, by_ynnpack):
   code = f"""
 {imports}
 x, w = jax.numpy.ones((32, 32, 32, 64)), jax.numpy.ones((3, 3, 64, 64))

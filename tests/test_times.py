@@ -279,7 +279,7 @@ def test_two_times_are_ordered_and_equal_in_the_given_fraction_of_the_rows(fract
   assert np.all(r[equal:] < t[equal:])
 
 
-def test_two_times_are_the_greater_and_the_less_of_two_logit_normal_draws():
+def test_logit_normal_pairs_are_the_ordered_pairs_of_two_draws():
   n = 20_000
   pairs = times.logit_normal_pairs(mean=-0.4, std=1.5, equal_fraction=0.25)
   t, r = pairs(jax.random.key(0), n, jnp.int32(0))

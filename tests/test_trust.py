@@ -89,7 +89,7 @@ def commands():
 
 
 @pytest.mark.parametrize(('place', 'form', 'mode'), list(commands()))
-def test_nothing_of_a_strangers_is_called(
+def test_no_function_of_an_untrusted_file_is_called(
   place, form, mode, trained, payload, tmp_path, capsys
 ):
   cases = list(enumerate(HOSTILE))
@@ -111,7 +111,9 @@ def test_nothing_of_a_strangers_is_called(
 
 
 @pytest.mark.parametrize('use', ['load', 'teacher', 'port', 'init_from'])
-def test_however_a_file_of_a_strangers_is_used(use, trained, payload, tmp_path, capsys):
+def test_no_use_of_an_untrusted_file_calls_its_functions(
+  use, trained, payload, tmp_path, capsys
+):
   command = [f'touch {payload}']
   part = dict(fn='os:system', command=command[0])
   place = 'optimizer' if use == 'init_from' else 'network'

@@ -1,6 +1,6 @@
 """The locuslab/ect side of `bench_peers`: its network, loss and generator.
 
-The step is written anew, in the order of its `training_loop`, which cannot be called
+The step is rewritten in the order of its `training_loop`, which cannot be called
 without DistributedDataParallel, its statistics and its data loader.
 """
 
@@ -29,7 +29,7 @@ def build(task: dict[str, Any]) -> dict[str, Any]:
   torch.set_num_threads(task['threads'])
   torch.backends.cudnn.benchmark = True
   torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
-  if not on_gpu:  # the loss repeats a dropout mask by the random state of a GPU
+  if not on_gpu:  # the loss restores the random state of a GPU to repeat a mask
     torch.cuda.get_rng_state = torch.get_rng_state
     torch.cuda.set_rng_state = torch.set_rng_state
 
