@@ -4,10 +4,16 @@ import os
 from pathlib import Path
 
 # Before jax is imported: a test of sharding needs devices to shard over, and tests
-# compile far more than they compute.
-os.environ['XLA_FLAGS'] = (
-  os.environ.get('XLA_FLAGS', '')
-  + ' --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0'
+# compile far more than they compute, with a process on each core.
+os.environ['XLA_FLAGS'] = ' '.join(
+  (
+    os.environ.get('XLA_FLAGS', ''),
+    '--xla_force_host_platform_device_count=8',
+    '--xla_backend_optimization_level=0',
+    '--xla_llvm_disable_expensive_passes=true',
+    '--xla_cpu_parallel_codegen_split_count=1',
+    '--xla_cpu_multi_thread_eigen=false',
+  )
 )
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['JAX_ENABLE_COMPILATION_CACHE'] = 'false'  # not a user's folder

@@ -251,6 +251,8 @@ def test_a_step_that_does_not_fit_is_reported(on_tpus):
   result = compile.facts(run, 'v5e:1x1', -1, compile.compile_step(run))
   assert not result['fits']
   assert 'DOES NOT FIT: RESOURCE_EXHAUSTED' in compile.page(result)
+  without_reason = compile.page(result | {'refusal': ''})
+  assert 'DOES NOT FIT: it needs more memory than is available' in without_reason
 
 
 @NEEDS_LIBTPU

@@ -72,6 +72,12 @@ MISTAKES = {
     [*SMALL, NEW, '--config.accumulate=3'],
     r'config\.accumulate: 3 does not divide the batch size 8',
   ),
+  'parts that leave devices without examples': (
+    [*SMALL, NEW, '--config.accumulate=2'],
+    r'config\.batch_size: 8 examples .* 8 devices in 2 parts; .* is 16',
+  ),
+  'a key without a value': ([*SMALL, '--config.seed', NEW], r'--config\.seed: .*value'),
+  'a last key without a value': ([*SMALL, NEW, '--config.seed'], r'seed: .*value'),
   'no parts': ([*SMALL, NEW, '--config.accumulate=0'], r'accumulate: must be positive'),
   'bench without a teacher': (
     ['--config=configs/cd.py:digits', NEW, '--mode=bench'],

@@ -4,15 +4,18 @@ import shutil
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 import numpy as np
 import pytest
 
 from cmjax.core import UserError
 from cmjax.runtime import checkpoint, pretrained
+from cmjax.runtime.build import build_each
 from cmjax.runtime.config import differences
 from cmjax.runtime.config_files import read
 from cmjax.runtime.run import prepare
 from cmjax.runtime.state import first_state
+from cmjax.samplers import Sampler
 from tests.conftest import ROOT
 
 SAVED_STEPS = (4, 9)
@@ -210,3 +213,9 @@ def test_abstract_parameters_are_those_that_a_network_makes(saved):
     for tree in (run.abstract_params(), states[9].params)
   )
   assert abstract == made
+
+
+@pytest.mark.parametrize('name', ['edm', 'consistency', 'trigflow', 'two_time'])
+def test_the_samplers_of_weights_without_a_config_can_be_built(name):
+  samplers = ConfigDict(pretrained._sampling(f'cmjax.precond:{name}')['samplers'])
+  assert build_each(samplers, 'config.samplers', Sampler)

@@ -145,7 +145,8 @@ def page(facts: dict[str, Any]) -> str:
     sizes |= {name: memory[name] for name in ('temporaries', 'program', 'total')}
   sizes[f'available of {facts["usable_of_gib"]} GiB'] = facts['usable']
   tables = [[{'per chip': name, 'GiB': size / GIB} for name, size in sizes.items()]]
-  verdict = 'fits' if facts['fits'] else f'DOES NOT FIT: {facts["refusal"]}'
+  reason = facts['refusal'] or 'it needs more memory than is available'
+  verdict = 'fits' if facts['fits'] else f'DOES NOT FIT: {reason}'
   if memory:
     seconds = facts['least_step_s']
     verdict += (

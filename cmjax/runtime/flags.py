@@ -36,14 +36,17 @@ class _Parser(argparse.ArgumentParser):
 def parsed(argv: list[str]) -> argparse.Namespace:
   """The flags, with each `--config.KEY=VALUE` as a pair in `overrides`.
 
-  Raises: FlagError for an unknown flag, or a value of the wrong type.
+  Raises: FlagError for an unknown flag, or a value that is missing or of the wrong type.
   """
   plain, overrides = [], []
   words = iter(argv)
   for word in words:
     if word.startswith('--config.'):
       key, attached, value = word.removeprefix('--config.').partition('=')
-      overrides.append((key, value if attached else next(words, '')))
+      value = value if attached else next(words, '--')
+      if not attached and value.startswith('--'):
+        raise FlagError(f'--config.{key}: needs a value, as in --config.{key}=VALUE')
+      overrides.append((key, value))
     else:
       plain.append(word)
   parser, names = _parser()

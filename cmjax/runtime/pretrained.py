@@ -173,7 +173,7 @@ def _sampling(precond: str) -> dict[str, Any]:
   one_step = dict(fn='cmjax.samplers:one_step', sigma_max=80.0)
   samplers = {
     'edm': dict(heun=dict(fn='cmjax.samplers:ode', num_steps=18, solver='heun')),
-    'two_time': dict(one_step=dict(fn='cmjax.samplers:flow_map', times=(80.0,))),
+    'two_time': dict(one_step=dict(fn='cmjax.samplers:flow_map', sigmas=(80.0,))),
   }
   two_steps = dict(fn='cmjax.samplers:multistep', sigmas=(80.0, 0.821), sigma_min=0.0)
   usual = dict(one_step=one_step, two_steps=two_steps)

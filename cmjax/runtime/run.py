@@ -107,7 +107,7 @@ def prepare(
     raise UserError(
       f'config.accumulate: {num_parts} does not divide the batch size {size}'
     )
-  sharding.check_divisible(size // num_parts, mesh, 'config.batch_size')
+  sharding.check_divisible(size, mesh, 'config.batch_size', num_parts)
   given = given_by(config)
   samplers = build_each(config.samplers, 'config.samplers', Sampler)
   tx = build(

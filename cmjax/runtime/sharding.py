@@ -200,13 +200,16 @@ def abstract(mesh: Mesh, tree: Any) -> Any:
   )
 
 
-def check_divisible(batch_size: int, mesh: Mesh, where: str) -> None:
-  """Raises UserError, naming the key `where`, if devices get unequal shares."""
-  n = mesh.size
-  if batch_size % n:
+def check_divisible(
+  batch_size: int, mesh: Mesh, where: str, num_parts: int = 1
+) -> None:
+  """Raises UserError, naming the key `where`, if devices get unequal shares of a part."""
+  unit = mesh.size * num_parts
+  if batch_size % unit:
+    parts = f' in {num_parts} parts' if num_parts > 1 else ''
     raise UserError(
-      f'{where}: {batch_size} examples do not divide evenly over {n} devices; '
-      f'the next size that does is {-(-batch_size // n) * n}'
+      f'{where}: {batch_size} examples do not divide evenly over {mesh.size} '
+      f'devices{parts}; the next size that does is {-(-batch_size // unit) * unit}'
     )
 
 
