@@ -36,7 +36,7 @@ class _Parser(argparse.ArgumentParser):
 def parsed(argv: list[str]) -> argparse.Namespace:
   """The flags, with each `--config.KEY=VALUE` as a pair in `overrides`.
 
-  Raises: FlagError for an unknown flag, or a value that is missing or of the wrong type.
+  Raises: FlagError for an unknown flag, or a missing value or one of the wrong type.
   """
   plain, overrides = [], []
   words = iter(argv)

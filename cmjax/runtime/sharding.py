@@ -203,7 +203,7 @@ def abstract(mesh: Mesh, tree: Any) -> Any:
 def check_divisible(
   batch_size: int, mesh: Mesh, where: str, num_parts: int = 1
 ) -> None:
-  """Raises UserError, naming the key `where`, if devices get unequal shares of a part."""
+  """Raises UserError, naming the key `where`, if a part is split unequally."""
   unit = mesh.size * num_parts
   if batch_size % unit:
     parts = f' in {num_parts} parts' if num_parts > 1 else ''
