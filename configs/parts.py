@@ -99,7 +99,14 @@ def base() -> Config:
       samplers={},
       metrics={},
       studies={},
-      evaluation=dict(num_samples=10_000, batch_size=512, seed=1, num_pictured=100),
+      evaluation=dict(
+        num_samples=10_000,
+        batch_size=512,
+        seed=1,  # pictures, and metrics in training, use this one alone
+        num_seeds=3,  # seed, seed + 1, ...
+        labels='data',  # of the data in order; balanced: each class in turn
+        num_pictured=100,
+      ),
       every=dict(  # 0: never; pictures, evaluations and checkpoints also at the end
         log_steps=100, picture_steps=0, evaluate_steps=0, checkpoint_steps=1000
       ),

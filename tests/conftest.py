@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+import tempfile
 
 # Before jax is imported: a test of sharding needs devices to shard over, and tests
 # compile far more than they compute, with a process on each core.
@@ -17,6 +18,7 @@ os.environ['XLA_FLAGS'] = ' '.join(
 )
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['JAX_ENABLE_COMPILATION_CACHE'] = 'false'  # not a user's folder
+os.environ['CMJAX_CACHE_DIR'] = tempfile.mkdtemp(prefix='cmjax_')
 
 import jax
 import pytest

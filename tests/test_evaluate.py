@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cmjax import core, oracles, samplers
+from cmjax import core, evaluation, oracles, samplers, sampling
 from cmjax.data.digits import digits
 from cmjax.data.points import points
 from cmjax.data.source import as_x0
-from cmjax.metrics.drawn import Drawn
+from cmjax.metrics.metric import Metric
 from cmjax.metrics.pixels import label_agreement, pixel_frechet
 from cmjax.modes import evaluate
-from cmjax.runtime import config_files, sharding
+from cmjax.runtime import config_files, feature_store, sharding
 from cmjax.runtime.reopen import Opened
 from tests.conftest import ROOT
 
@@ -36,7 +36,7 @@ def test_a_sample_depends_on_its_index_and_the_seed_alone(one_device):
 
   def draw(mesh, batch_size, num_samples, seed=3):
     subject = opened(source, labelled, mesh, batch_size)
-    return evaluate.draw(subject, None, sampler, num_samples=num_samples, seed=seed)
+    return sampling.draw(subject, None, sampler, num_samples=num_samples, seed=seed)
 
   first = draw(one_device, 64, 40)
   for other in (draw(one_device, 7, 40), draw(sharding.data_mesh(), 16, 40)):
@@ -56,14 +56,14 @@ def test_samples_are_clipped_to_the_range_of_the_data(one_device):
     return jnp.sign(x) * 100
 
   subject = opened(source, wild, one_device)
-  drawn = evaluate.draw(subject, None, samplers.one_step(), num_samples=8, seed=0)
+  drawn = sampling.draw(subject, None, samplers.one_step(), num_samples=8, seed=0)
   low, high = as_x0(source, np.array([0.0, 16.0]))
   np.testing.assert_allclose([drawn.x.min(), drawn.x.max()], [low, high], rtol=1e-6)
 
 
 def test_the_table_counts_evaluations_of_every_sampler(one_device):
   source = digits()
-  metrics = {'frechet': pixel_frechet(real=real(source))}
+  metrics = {'frechet': pixel_frechet()}
   named = {'few': samplers.multistep(sigmas=(80.0, 1.0)), 'many': samplers.ode()}
   rows = evaluate.table(opened(source, labelled, one_device, **named), None, metrics)
   assert [(row['sampler'], row['evaluations']) for row in rows] == [
@@ -77,20 +77,32 @@ def real(source):
   return as_x0(source, source.examples)
 
 
-def drawn(x, labels):
-  return Drawn(x, labels, 1)
+def value_of(metric, source, x, labels=None):
+  """The only value of a metric for given samples, in two batches."""
+  halves = np.array_split(np.arange(len(x)), 2)
+  batches = [
+    jax.tree.map(
+      np.asarray,
+      metric.features(
+        metric.params, jnp.asarray(x[half]), None if labels is None else labels[half]
+      ),
+    )
+    for half in halves
+  ]
+  data = evaluation.DataFeatures(source, metric)
+  (value,) = metric.values(batches, data).values()
+  return value
 
 
 def test_real_digits_are_close_to_themselves_and_noise_is_not():
   source = digits()
   x = real(source)
-  metric = pixel_frechet(real=x)
-  assert abs(metric(drawn(x, source.labels))['pixel_frechet']) < 1e-6
+  metric = pixel_frechet()
+  assert abs(value_of(metric, source, x)) < 1e-6
   # One half against all: all lies between two halves, which are 0.13 apart.
   order = np.random.default_rng(0).permutation(len(x))
-  half = metric(drawn(x[order[::2]], None))['pixel_frechet']
-  assert 0.01 < half < 0.113
-  shifted = metric(drawn(x + 0.1, None))['pixel_frechet']
+  assert 0.01 < value_of(metric, source, x[order[::2]]) < 0.113
+  shifted = value_of(metric, source, x + 0.1)
   np.testing.assert_allclose(shifted, 64 * 0.1**2, rtol=1e-3)  # |mean shift|^2
 
 
@@ -99,8 +111,8 @@ def test_pixel_frechet_does_not_depend_on_how_data_is_scaled():
   other = source._replace(scale=source.scale / 2)
   x = real(source)[:900]
   values = [
-    pixel_frechet(real=real(source))(drawn(x, None))['pixel_frechet'],
-    pixel_frechet(real=real(other))(drawn(x / 2, None))['pixel_frechet'],
+    value_of(pixel_frechet(), source, x),
+    value_of(pixel_frechet(), other, x / 2),
   ]
   np.testing.assert_allclose(*values, rtol=1e-4)
 
@@ -109,12 +121,157 @@ def test_label_agreement_is_high_on_real_digits_and_a_tenth_on_shuffled_labels()
   source = digits()
   x = real(source)
   metric = label_agreement(real=x, labels=source.labels)
-  assert metric(drawn(x, source.labels))['label_agreement'] > 0.98
+  assert value_of(metric, source, x, source.labels) > 0.98
   shuffled = np.random.default_rng(0).permutation(source.labels)
-  agreement = metric(drawn(x, shuffled))['label_agreement']
+  agreement = value_of(metric, source, x, shuffled)
   assert abs(agreement - 0.1) < 0.03  # 4 standard deviations of 1,797 coins
+  broken = np.where(np.arange(len(x))[:, None, None, None] < 900, np.nan, x)
+  assert value_of(metric, source, broken, source.labels) < 0.51
   with pytest.raises(ValueError, match='needs labels'):
     label_agreement(real=x, labels=None)
+
+
+def measured(subject, metrics, folder=None, check=lambda: None, seed=1, num_samples=50):
+  return evaluation.measure(
+    subject,
+    None,
+    next(iter(subject.samplers.values())),
+    metrics,
+    evaluation.data_features(subject, metrics),
+    seed=seed,
+    num_samples=num_samples,
+    folder=folder,
+    check=check,
+  )
+
+
+def test_metrics_depend_on_neither_the_batch_size_nor_the_devices(one_device):
+  source = digits()
+  metrics = {'frechet': pixel_frechet()}
+  values = []
+  for mesh, batch_size in (
+    (one_device, 16),
+    (one_device, 64),
+    (sharding.data_mesh(), 16),
+  ):
+    named = {'few': samplers.multistep(sigmas=(80.0, 1.0))}
+    subject = opened(source, labelled, mesh, batch_size, **named)
+    values.append(measured(subject, metrics).values['pixel_frechet'])
+  np.testing.assert_allclose(values, values[0], rtol=1e-6)
+
+
+def test_a_measurement_that_is_interrupted_repeats_no_finished_batch(
+  one_device, tmp_path
+):
+  source, batches = digits(), []
+  named = {'one': samplers.one_step()}
+  subject = opened(source, labelled, one_device, batch_size=8, **named)
+  metrics = {'frechet': pixel_frechet()}
+
+  def count(limit):
+    def check():
+      if len(batches) == limit:
+        raise KeyboardInterrupt
+      batches.append(1)
+
+    return check
+
+  folder = tmp_path / 'features'
+  with pytest.raises(KeyboardInterrupt):
+    measured(subject, metrics, folder, count(4))
+  assert len(list(folder.iterdir())) == 4
+  # As power loss leaves a file whose name was written before its contents.
+  (folder / '000001.npz').write_bytes((folder / '000001.npz').read_bytes()[:99])
+  result = measured(subject, metrics, folder, count(100))
+  assert len(batches) == 4 + 7 - 3  # 50 samples are 7 batches, 3 of them whole
+  assert result == measured(subject, metrics)
+
+
+def test_an_evaluation_keeps_no_more_samples_in_memory_than_a_batch(
+  one_device, tmp_path
+):
+  source, alive = digits(), []
+
+  def values(samples, data):
+    for batch in samples:
+      alive.append(len(batch['x']))
+    return {'count': float(sum(alive))}
+
+  metric = Metric((), lambda params, x, labels: {'x': x}, values, needs_data=False)
+  subject = opened(source, labelled, one_device, 16, one=samplers.one_step())
+  assert measured(subject, {'count': metric}).values == {'count': 50.0}
+  assert alive == [16, 16, 16, 2]
+
+
+def test_an_evaluation_is_known_by_all_that_its_samples_depend_on(one_device):
+  subject = opened(digits(), labelled, one_device, one=samplers.one_step())
+
+  def identity(
+    params=(1.0, 1.0, 1.0), name='one', num_samples=50, seed=1, subject=subject
+  ):
+    tree = {'w': jnp.asarray(params)}
+    return evaluation.measurement_id(subject, tree, name, num_samples, seed)
+
+  other = subject.config.copy_and_resolve_references()
+  other.precond.sigma_data = 0.6
+  changed = [
+    identity(params=(1.0, 1.0, 1.0 + 1e-6)),
+    identity(name='another'),
+    identity(num_samples=51),
+    identity(seed=2),
+    identity(subject=subject._replace(config=other)),
+  ]
+  assert len({identity(), *changed}) == 6
+  assert identity() == identity()
+
+
+def test_features_of_data_are_computed_once_for_a_network(one_device, monkeypatch):
+  source = digits()
+  calls = []
+
+  def features(params, x, labels):
+    jax.debug.callback(lambda: calls.append(1))
+    return {'sum': params + jnp.sum(x, axis=(1, 2, 3))}
+
+  def values(samples, data):
+    return {'mean': float(np.mean(np.concatenate([b['sum'] for b in data])))}
+
+  metric = Metric(jnp.float32(1.0), features, values)
+  subject = opened(source, labelled, one_device, one=samplers.one_step())
+  subject.config.metrics.net = dict(fn='some.where:net')
+  expected = 1 + real(source).sum(axis=(1, 2, 3)).mean()
+  for _ in range(2):
+    data = evaluation.data_features(subject, {'net': metric})
+    np.testing.assert_allclose(metric.values((), data['net'])['mean'], expected, 1e-5)
+    jax.effects_barrier()
+    assert len(calls) == 4  # batches of 1,797 examples; nothing the second time
+  evaluation.data_features(subject, {'net': metric._replace(params=jnp.float32(2.0))})
+  jax.effects_barrier()
+  assert len(calls) == 8
+
+
+def test_seeds_are_reported_one_by_one_with_their_mean_and_least_value(one_device):
+  subject = opened(digits(), labelled, one_device, one=samplers.one_step())
+  metrics = {'frechet': pixel_frechet()}
+  (row,) = evaluate.table(subject, None, metrics, num_seeds=3)
+  each = [measured(subject, metrics, seed=seed).values for seed in (1, 2, 3)]
+  values = [v['pixel_frechet'] for v in each]
+  assert row['seeds'] == [{'seed': s} | v for s, v in zip((1, 2, 3), each)]
+  assert row['pixel_frechet'] == pytest.approx(np.mean(values))
+  assert row['deviation']['pixel_frechet'] == pytest.approx(np.std(values, ddof=1))
+  assert row['least']['pixel_frechet'] == min(values)
+  text = evaluate.page([row])
+  assert f'{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}' in text
+  assert f'| one | least | {min(values):.3f} |' in text
+
+
+def test_balanced_labels_have_each_class_in_turn(one_device):
+  subject = opened(digits(), labelled, one_device, one=samplers.one_step())
+  subject.config.evaluation.labels = 'balanced'
+  drawn = sampling.draw(subject, None, samplers.one_step(), num_samples=23, seed=0)
+  np.testing.assert_array_equal(drawn.labels, np.arange(23) % 10)
+  painted = np.rint(100 * drawn.x[:, 0, 0, 0]).astype(int)
+  np.testing.assert_array_equal(painted, drawn.labels)
 
 
 def test_pictures_are_grids_of_images_and_scatters_of_points():
@@ -130,12 +287,33 @@ def test_pictures_are_grids_of_images_and_scatters_of_points():
 def test_metrics_that_do_not_fit_the_data_are_refused_with_their_name(one_device):
   source = digits(conditional=False)
   with pytest.raises(core.UserError, match=r'config\.metrics\.labels: .*needs labels'):
-    evaluate.build_metrics(opened(source, labelled, one_device))
+    evaluation.build_metrics(opened(source, labelled, one_device))
 
 
 def test_a_batch_smaller_than_the_devices_is_padded(one_device):
   source = digits()
   subject = opened(source, labelled, sharding.data_mesh(), batch_size=3)
-  x = evaluate.draw(subject, None, samplers.one_step(), num_samples=5, seed=0).x
+  x = sampling.draw(subject, None, samplers.one_step(), num_samples=5, seed=0).x
   assert x.shape == (5, 8, 8, 1)
   assert len(jax.devices()) == 8
+
+
+def test_too_few_samples_for_a_metric_are_refused_before_any_is_drawn(
+  one_device, monkeypatch
+):
+  subject = opened(digits(), labelled, one_device, one=samplers.one_step())
+  subject.config.metrics = dict(frechet=dict(fn='cmjax.metrics.pixels:pixel_frechet'))
+  few = pixel_frechet()._replace(min_samples=51)
+  monkeypatch.setattr('cmjax.metrics.pixels.Metric', lambda *args: few)
+  with pytest.raises(core.UserError, match=r'num_samples: 50, .*frechet needs .* 51'):
+    evaluation.build_metrics(subject)
+
+
+def test_a_damaged_batch_of_features_is_not_finished(tmp_path):
+  store = feature_store.FeatureStore(tmp_path)
+  for i in range(3):
+    store.write(i, {'a/x': np.full(2, i), 'b/x': np.zeros(2)})
+  (tmp_path / '000001.npz').write_bytes(b'')
+  (tmp_path / '000003.unfinished').write_bytes(b'half')
+  assert store.finished() == [0, 2]
+  assert [batch['x'].tolist() for batch in store.of('a')] == [[0, 0], [2, 2]]

@@ -20,7 +20,7 @@ FLOORS = {
     *('samplers', 'oracles', 'optimizers'),
   ],
   'doors': ['runtime.*', 'data.*', 'port.*'],
-  'programs': ['train', 'modes.*'],
+  'programs': ['train', 'sampling', 'evaluation', 'modes.*'],
   'main': ['main', '__main__'],
 }
 
@@ -56,7 +56,9 @@ BANNED = {
   r'pmap|axis_name': [],
   r'PartitionSpec|axis_names': ['runtime.sharding'],
   r'config\.get\(': [],
-  r'jax\.jit': ['train', 'modes.*', 'studies.*', 'runtime.state'],
+  r'jax\.jit': [
+    *('train', 'sampling', 'evaluation', 'modes.*', 'studies.*', 'runtime.state')
+  ],
   r'\bprint\(': ['runtime.logs', 'runtime.errors', 'modes.configs'],
   r'\b(run as runs|config as configs|workdir as workdirs|process as processes)\b': [],
 }

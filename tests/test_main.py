@@ -18,7 +18,6 @@ import cmjax
 from cmjax import main
 from cmjax.data.digits import digits
 from cmjax.data.source import as_x0
-from cmjax.metrics.drawn import Drawn
 from cmjax.metrics.pixels import pixel_frechet
 from cmjax.modes import evaluate
 from cmjax.runtime import errors, functions, pretrained
@@ -740,15 +739,19 @@ def test_an_evaluation_is_a_table_of_those_samples_beside_earlier_ones(answers, 
   config = json.loads((place / 'TRAINED' / 'config.json').read_text())
   assert found['config'] == config
   arrays = np.load(place / 'SAMPLED' / 'samples' / 'step_00000003_2' / 'heun.npz')
-  drawn = Drawn(arrays['images'], arrays['labels'], 35)
-  real = as_x0(digits(), digits().examples)
-  expected = pixel_frechet(real=real)(drawn)['pixel_frechet']
+  samples = [{'pixels': arrays['images'].reshape(32, -1)}]
+  data = [{'pixels': as_x0(digits(), digits().examples).reshape(1797, -1)}]
+  expected = pixel_frechet().values(samples, data)['pixel_frechet']
   # The same samples in float64 statistics; BLAS may sum in another order.
-  assert row['pixel_frechet'] == pytest.approx(expected, rel=1e-6)
+  first, *_ = row['seeds']
+  assert first['seed'] == 1
+  assert first['pixel_frechet'] == pytest.approx(expected, rel=1e-6)
+  assert not (place / 'EVALUATED' / 'evaluation.unfinished').exists()
   text = (place / 'EVALUATED' / 'evaluation_00000003_2.md').read_text()
   assert '| sampler | evaluations | samples |' in text
-  assert f'| heun | 35 | 32 | {row["pixel_frechet"]:.3f} |' in text
-  assert 'digits (scikit-learn, 8x8), step 3, weights slow, seed 1' in text
+  assert f'| heun | 35 | 32 | {row["pixel_frechet"]:.3f} ± ' in text
+  assert f'| heun | 1 | {expected:.3f} |' in text
+  assert 'digits (scikit-learn, 8x8), step 3, weights slow, seeds 1-3' in text
   assert text in out
 
 

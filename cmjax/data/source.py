@@ -76,8 +76,13 @@ def as_x0(source: Source, stored: np.ndarray) -> np.ndarray:
 
 def clip(source: Source, x0: np.ndarray) -> np.ndarray:
   """Samples f32[N, ...] clipped to the range of the data."""
+  return np.clip(x0, *bounds(source))
+
+
+def bounds(source: Source) -> tuple[float, float]:
+  """The range of x0; infinite if the data is unbounded."""
   low, high = ((v - source.offset) * source.scale for v in (source.low, source.high))
-  return np.clip(x0, low, high)
+  return low, high
 
 
 def as_uint8(source: Source, x0: np.ndarray) -> np.ndarray:

@@ -15,9 +15,9 @@ Batches = Iterable[Mapping[str, np.ndarray]]
 class Metric(NamedTuple):
   """A measure of samples against data, which sees one batch at a time.
 
-  `features` is pure: (params, x f32[B, ...], labels i32[B] or None) -> {name: f[B, ...]}
-  with x in the units and the range of the data. It is compiled, and applied to samples
-  and, if `needs_data`, to all data.
+  `features` is pure: (params, x f32[B, ...], labels i32[B] or None) to arrays f[B, ...]
+  by name, with x in the units and the range of the data. It is compiled, and applied to
+  samples and, if `needs_data`, to all data.
   """
 
   params: Params  # of the feature network; () if there is none
@@ -25,3 +25,4 @@ class Metric(NamedTuple):
   values: Callable[[Batches, Batches], dict[str, float]]  # (samples, data) -> numbers
   needs_data: bool = True  # if not, `values` receives no batches of data
   min_samples: int = 2
+  conventions: Mapping[str, str] = {}  # what the numbers depend on, shown with them

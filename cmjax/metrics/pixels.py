@@ -1,24 +1,32 @@
 """Metrics of raw pixels; none of them is an FID."""
 
+import jax.numpy as jnp
 import numpy as np
 
-from cmjax.metrics.drawn import Drawn, Metric
+from cmjax.core import Array, Params
 from cmjax.metrics.frechet import frechet_distance
+from cmjax.metrics.metric import Batches, Metric
 
 
-def pixel_frechet(*, real: np.ndarray) -> Metric:
-  """Frechet distance between the pixels of the samples and of all data f32[N, ...].
+def pixel_frechet() -> Metric:
+  """Frechet distance between the pixels of the samples and of all data.
 
   Both are scaled so that the data has standard deviation 0.5 over all pixels.
   """
-  pixels = _pixels(real)
-  scale = 0.5 / pixels.std()
 
-  def metric(drawn: Drawn) -> dict[str, float]:
-    samples = scale * _pixels(drawn.x)
-    return {'pixel_frechet': frechet_distance(samples, scale * pixels)}
+  def features(params: Params, x: Array, labels: Array | None) -> dict[str, Array]:
+    return {'pixels': jnp.reshape(x, (len(x), -1))}
 
-  return metric
+  def values(samples: Batches, data: Batches) -> dict[str, float]:
+    drawn, real = _rows(samples), _rows(data)
+    scale = 0.5 / real.std()
+    return {'pixel_frechet': frechet_distance(scale * drawn, scale * real)}
+
+  return Metric((), features, values)
+
+
+def _rows(batches: Batches) -> np.ndarray:
+  return np.concatenate([batch['pixels'] for batch in batches])
 
 
 def label_agreement(*, real: np.ndarray, labels: np.ndarray | None) -> Metric:
@@ -35,16 +43,23 @@ def label_agreement(*, real: np.ndarray, labels: np.ndarray | None) -> Metric:
   from sklearn import linear_model
 
   classifier = linear_model.LogisticRegression(max_iter=1000)
-  classifier.fit(_pixels(real), labels)
+  classifier.fit(np.reshape(real, (len(real), -1)), labels)
+  coefficients = {'kernel': classifier.coef_.T, 'bias': classifier.intercept_}
+  params = {name: np.float32(value) for name, value in coefficients.items()}
+  classes = classifier.classes_
 
-  def metric(drawn: Drawn) -> dict[str, float]:
-    samples = _pixels(drawn.x)
-    finite = np.all(np.isfinite(samples), axis=1)
-    agrees = classifier.predict(np.where(finite[:, None], samples, 0.0)) == drawn.labels
-    return {'label_agreement': float(np.mean(agrees & finite))}
+  def features(params: Params, x: Array, labels: Array | None) -> dict[str, Array]:
+    pixels = jnp.reshape(x, (len(x), -1))
+    finite = jnp.all(jnp.isfinite(pixels), axis=1)
+    logits = jnp.where(finite[:, None], pixels, 0.0) @ params['kernel']
+    logits += params['bias'][None]
+    if len(classes) == 2:
+      logits = jnp.concatenate([jnp.zeros_like(logits), logits], axis=1)
+    predicted = jnp.asarray(classes)[jnp.argmax(logits, axis=1)]
+    return {'agrees': (predicted == labels) & finite}
 
-  return metric
+  def values(samples: Batches, data: Batches) -> dict[str, float]:
+    agrees = np.concatenate([batch['agrees'] for batch in samples])
+    return {'label_agreement': float(np.mean(agrees))}
 
-
-def _pixels(x: np.ndarray) -> np.ndarray:
-  return x.reshape(len(x), -1)
+  return Metric(params, features, values, needs_data=False)

@@ -2,108 +2,108 @@
 
 import argparse
 from collections.abc import Callable, Mapping
-import functools
+from pathlib import Path
+import statistics
 from typing import Any
 
-import jax
 import numpy as np
 
-from cmjax.core import Model, Params, UserError, unused
-from cmjax.data.source import Source, as_uint8, as_x0, clip, one_hot
-from cmjax.metrics.drawn import Drawn, Metric
-from cmjax.runtime import build, logs, sharding
-from cmjax.runtime.reopen import Opened, beside, facts, reopen_for
+from cmjax import evaluation
+from cmjax.core import Params, UserError, unused
+from cmjax.data.source import Source, as_uint8, as_x0
+from cmjax.metrics.metric import Metric
+from cmjax.runtime import logs
+from cmjax.runtime.feature_store import FeatureStore
+from cmjax.runtime.reopen import beside, facts, reopen_for, with_samplers
 from cmjax.runtime.run import Run
-from cmjax.samplers import Sampler
+from cmjax.sampling import Check, Subject, draw
 
-
-def draw(
-  subject: Run | Opened,
-  params: Params,
-  sampler: Sampler,
-  *,
-  num_samples: int,
-  seed: int,
-  check: Callable[[], None] = lambda: None,
-) -> Drawn:
-  """Draws samples, conditioned on the labels of the data in order, repeated as needed.
-
-  Up to rounding, sample i depends only on `seed` and i: neither on the batch size nor
-  on the number of devices. `check` is called before each batch, and may raise to stop.
-  """
-  source, mesh = subject.source, subject.mesh
-  batch_size = min(subject.config.evaluation.batch_size, num_samples)
-  batch_size = -(-batch_size // mesh.size) * mesh.size
-  num_batches = -(-num_samples // batch_size)
-  sample_batch = _compiled(subject.f, sampler, source.shape, mesh)
-  by_example = sharding.by_example(mesh)
-
-  batches, evaluations, cond = [], 0, None
-  indices = np.split(np.arange(num_batches * batch_size), num_batches)
-  for index in logs.counted(indices, batch_size, 'samples'):
-    check()
-    if source.labels is not None:
-      cond = one_hot(source, index % len(source.labels))
-      cond = sharding.place(cond, by_example)
-    index = sharding.place(index.astype(np.uint32), by_example)
-    x, evaluations = sample_batch(params, jax.random.key(seed), index, cond)
-    batches.append(np.asarray(x))
-  labels = None
-  if source.labels is not None:
-    labels = source.labels[np.arange(num_samples) % len(source.labels)]
-  x = clip(source, np.concatenate(batches)[:num_samples])
-  return Drawn(x, labels, int(evaluations))
-
-
-@functools.lru_cache(maxsize=16)
-def _compiled(
-  f: Model, sampler: Sampler, shape: tuple[int, ...], mesh: jax.sharding.Mesh
-) -> Callable[..., Any]:
-  logs.say('compiling a sampler ...')
-
-  def sample_batch(params, root, index, cond):
-    keys = jax.vmap(lambda i: jax.random.fold_in(root, i))(index)
-    return sampler(f, params, keys, cond, shape)
-
-  return jax.jit(sample_batch, out_shardings=sharding.replicated(mesh))
+UNFINISHED = 'evaluation.unfinished'  # folder of the features of finished batches
 
 
 def table(
-  subject: Run | Opened,
+  subject: Subject,
   params: Params,
   metrics: Mapping[str, Metric],
-  check: Callable[[], None] = lambda: None,
+  *,
+  num_seeds: int = 1,
+  folder: Path | None = None,
+  check: Check = lambda: None,
 ) -> list[dict[str, Any]]:
-  """One row per sampler: network evaluations per sample, and the values of all metrics.
+  """One row per sampler: evaluations per sample, and the means of all metrics.
 
-  Raises: UserError if two metrics return a value of the same name.
+  With several seeds also their standard deviation, least value and each value. Features
+  of finished batches are kept in `folder` until the table is complete.
   """
-  evaluation = subject.config.evaluation
-  rows = []
+  settings = subject.config.evaluation
+  data = evaluation.data_features(subject, metrics)
+  rows, finished = [], []
   for name, sampler in subject.samplers.items():
-    drawn = draw(
-      subject,
-      params,
-      sampler,
-      num_samples=evaluation.num_samples,
-      seed=evaluation.seed,
-      check=check,
-    )
-    row: dict[str, Any] = {
+    measured = []
+    for seed in range(settings.seed, settings.seed + num_seeds):
+      size = settings.num_samples
+      place = None
+      if folder:
+        place = folder / evaluation.measurement_id(subject, params, name, size, seed)
+        finished.append(FeatureStore(place))
+      result = evaluation.measure(
+        subject,
+        params,
+        sampler,
+        metrics,
+        data,
+        num_samples=size,
+        seed=seed,
+        folder=place,
+        check=check,
+      )
+      measured.append({'seed': seed} | result.values)
+    row = {
       'sampler': name,
-      'evaluations': drawn.evaluations,
-      'samples': len(drawn.x),
+      'evaluations': result.evaluations,
+      'samples': settings.num_samples,
     }
-    for key, metric in metrics.items():
-      values = metric(drawn)
-      if duplicates := row.keys() & values.keys():
-        raise UserError(
-          f'config.metrics.{key}: returns {", ".join(sorted(duplicates))}, which the '
-          'table has already; remove one of the two metrics, or rename its value'
-        )
-      row |= values
-    rows.append(row)
+    rows.append(row | _over_seeds(measured, name))
+  for store in finished:
+    store.remove()
+  if folder and folder.is_dir() and not any(folder.iterdir()):
+    folder.rmdir()
   return rows
+
+
+def _over_seeds(measured: list[dict[str, Any]], sampler: str) -> dict[str, Any]:
+  """The mean of each metric; with several seeds also its deviation and least value."""
+  names = [name for name in measured[0] if name != 'seed']
+  if taken := {'sampler', 'evaluations', 'samples', 'seeds'} & set(names):
+    raise UserError(
+      f'config.metrics: {sampler}: no metric may return {", ".join(sorted(taken))}'
+    )
+  values = {name: [float(row[name]) for row in measured] for name in names}
+  row: dict[str, Any] = {name: statistics.fmean(v) for name, v in values.items()}
+  if len(measured) > 1:
+    row['deviation'] = {name: statistics.stdev(v) for name, v in values.items()}
+    row['least'] = {name: min(v) for name, v in values.items()}
+    row['seeds'] = measured
+  return row
+
+
+def page(rows: list[dict[str, Any]]) -> str:
+  """The rows as Markdown: means and deviations; then each seed, and the least value."""
+  nested = ('deviation', 'least', 'seeds')
+  summary, each = [], []
+  for row in rows:
+    cells = {key: value for key, value in row.items() if key not in nested}
+    for name, deviation in row.get('deviation', {}).items():
+      cells[name] = f'{row[name]:.3f} ± {deviation:.3f}'
+    summary.append(cells)
+    each += [{'sampler': row['sampler'], **seed} for seed in row.get('seeds', ())]
+    if 'least' in row:
+      each.append({'sampler': row['sampler'], 'seed': 'least', **row['least']})
+  text = logs.markdown_table(summary)
+  if each:
+    text += '\n\nEach seed, and the least value over them:\n\n'
+    text += logs.markdown_table(each)
+  return text
 
 
 def picture(source: Source, x: np.ndarray, columns: int = 20) -> np.ndarray:
@@ -114,27 +114,28 @@ def picture(source: Source, x: np.ndarray, columns: int = 20) -> np.ndarray:
 
 
 def log_pictures(
-  run: Run, params: Params, step: int, log: logs.RunLog, check: Callable[[], None]
+  run: Run, params: Params, step: int, log: logs.RunLog, check: Check
 ) -> None:
   """A training hook: one picture per sampler, always of the same noise and labels."""
-  evaluation = run.config.evaluation
+  settings = run.config.evaluation
   for name, sampler in run.samplers.items():
     drawn = draw(
       run,
       params,
       sampler,
-      num_samples=evaluation.num_pictured,
-      seed=evaluation.seed,
+      num_samples=settings.num_pictured,
+      seed=settings.seed,
       check=check,
     )
     log.picture(step, name, picture(run.source, drawn.x))
 
 
-def table_logger(metrics: Mapping[str, Metric]) -> Callable[..., None]:
+def table_logger(metrics: Mapping[str, Metric], folder: Path) -> Callable[..., None]:
   """A training hook that logs the metrics of every sampler, as SAMPLER/METRIC."""
 
   def log_table(run, params, step, log, check):
-    for row in table(run, params, metrics, check):
+    unfinished = folder / UNFINISHED
+    for row in table(run, params, metrics, folder=unfinished, check=check):
       name = row.pop('sampler')
       log.scalars(step, {f'{name}/{key}': float(value) for key, value in row.items()})
       text = ' '.join(f'{key}={value:.4g}' for key, value in row.items())
@@ -143,36 +144,40 @@ def table_logger(metrics: Mapping[str, Metric]) -> Callable[..., None]:
   return log_table
 
 
-def build_metrics(subject: Run | Opened) -> dict[str, Metric]:
-  """The metrics of a config, on its data.
-
-  A metric receives those of `real`, `labels` and `source` that its signature names.
-
-  Raises: UserError if a metric does not fit the data.
-  """
-  metrics, source = subject.config.metrics, subject.source
-  if not metrics:
-    return {}  # avoids a copy of all data as floats
-  return build.build_each(
-    metrics,
-    'config.metrics',
-    Metric,
-    real=as_x0(source, source.examples),
-    labels=source.labels,
-    source=source,
-  )
-
-
 def run(flags: argparse.Namespace) -> None:
   """Prints the table, and writes it as Markdown and JSON into the run."""
   opened = reopen_for(flags.workdir, flags.config, flags.overrides, flags.trust)
-  rows = table(opened, opened.params, build_metrics(opened))
-  text = (
-    f'{opened.source.name}, step {opened.step:,}, '
-    f'weights {opened.config.sample_weights}, '
-    f'seed {opened.config.evaluation.seed}\n\n{logs.markdown_table(rows)}\n'
+  opened = with_samplers(opened, flags.samplers)
+  settings, folder = opened.config.evaluation, beside(opened)
+  metrics = evaluation.build_metrics(opened)
+  rows = table(
+    opened,
+    opened.params,
+    metrics,
+    num_seeds=settings.num_seeds,
+    folder=folder / UNFINISHED,
   )
-  path = unused(beside(opened) / f'evaluation_{opened.step:08d}', '.json')
-  logs.write_json(path, facts(opened, rows=rows))
+  last = settings.seed + settings.num_seeds - 1
+  seeds = f'seed {last}' if settings.num_seeds == 1 else f'seeds {settings.seed}-{last}'
+  conventions = [f'{name}: {text}' for name, text in _conventions(metrics).items()]
+  text = '\n'.join(
+    (
+      f'{opened.source.name}, step {opened.step:,}, weights '
+      f'{opened.config.sample_weights}, {seeds}, labels {settings.labels}',
+      *conventions,
+      f'\n{page(rows)}\n',
+    )
+  )
+  path = unused(folder / f'evaluation_{opened.step:08d}', '.json')
+  facts_of = facts(opened, rows=rows, conventions=_conventions(metrics))
+  logs.write_json(path, facts_of)
   path.with_suffix('.md').write_text(text, encoding='utf-8')
   logs.say(f'{text}\n{path} and .md')
+
+
+def _conventions(metrics: Mapping[str, Metric]) -> dict[str, str]:
+  return {
+    name: ', '.join(f'{key} {value}' for key, value in metric.conventions.items())
+    for name, metric in metrics.items()
+    if metric.conventions
+  }

@@ -9,7 +9,8 @@ from cmjax.core import UserError, unused
 from cmjax.data.source import Source, as_x0
 from cmjax.modes import evaluate
 from cmjax.runtime import logs
-from cmjax.runtime.reopen import beside, reopen_for
+from cmjax.runtime.reopen import beside, reopen_for, with_samplers
+from cmjax.sampling import draw
 
 
 def run(flags: argparse.Namespace) -> None:
@@ -17,6 +18,7 @@ def run(flags: argparse.Namespace) -> None:
   opened = reopen_for(
     flags.workdir, flags.config, flags.overrides, flags.trust, needs_data=False
   )
+  opened = with_samplers(opened, flags.samplers)
   source = opened.source
   if flags.labels:
     source = _with_labels(source, flags.labels)
@@ -28,7 +30,7 @@ def run(flags: argparse.Namespace) -> None:
     panels[source.name] = evaluate.picture(source, real)
   for name, sampler in opened.samplers.items():
     logs.say(f'{name} ...')
-    drawn = evaluate.draw(
+    drawn = draw(
       opened,
       opened.params,
       sampler,

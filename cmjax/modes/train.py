@@ -3,6 +3,7 @@
 import argparse
 
 from cmjax import train
+from cmjax.evaluation import build_metrics
 from cmjax.modes import evaluate
 from cmjax.runtime import workdir
 from cmjax.runtime.config import require
@@ -18,5 +19,5 @@ def run(flags: argparse.Namespace) -> None:
   prepared = prepare(config, trust=flags.trust)
   hooks = {'picture': evaluate.log_pictures}
   if config.every.evaluate_steps:
-    hooks['evaluate'] = evaluate.table_logger(evaluate.build_metrics(prepared))
+    hooks['evaluate'] = evaluate.table_logger(build_metrics(prepared), folder)
   train.train(prepared, folder, hooks)

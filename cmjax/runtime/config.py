@@ -34,6 +34,14 @@ class MayChange(NamedTuple):
 
 
 MAY_CHANGE = MayChange()
+
+
+class OneOf(NamedTuple):
+  """The texts that a key may have."""
+
+  choices: tuple[str, ...]
+
+
 Count = Annotated[int, Bounds(1, 2**24)]
 Seed = Annotated[int, Bounds(0, 2**32 - 1)]  # jax drops higher bits
 Steps = Annotated[int, Bounds(1, MAX_STEPS)]
@@ -50,6 +58,8 @@ class Evaluation:
   num_samples: Annotated[int, Bounds(2, 2**24)]
   batch_size: Count
   seed: Seed
+  num_seeds: Annotated[int, Bounds(1, 1000)]
+  labels: Annotated[str, OneOf(('data', 'balanced'))]
   num_pictured: Annotated[int, Bounds(1, 2**16)]
 
 
@@ -124,6 +134,7 @@ class Key(NamedTuple):
   kind: type  # int, float, str, ConfigDict, or a record
   form: str  # of a ConfigDict: 'part', 'optional part' or 'parts'
   bounds: Bounds | None
+  one_of: OneOf | None
   may_change: MayChange | None
 
 
@@ -134,7 +145,8 @@ def keys_of(record: type) -> dict[str, Key]:
   for name, hint in typing.get_type_hints(record, include_extras=True).items():
     kind, *marks = typing.get_args(hint) or (hint,)
     first = {type(mark): mark for mark in reversed(marks)}
-    keys[name] = Key(kind, first.get(str, ''), first.get(Bounds), first.get(MayChange))
+    marks = (first.get(mark) for mark in (Bounds, OneOf, MayChange))
+    keys[name] = Key(kind, first.get(str, ''), *marks)
   return keys
 
 
@@ -200,6 +212,9 @@ def _record(
       build.check_value(value, key.kind, path)
       if key.bounds:
         _check_bounds(value, key.bounds, path)
+      if key.one_of and value not in key.one_of.choices:
+        choices = ', '.join(key.one_of.choices)
+        raise UserError(f'{path}: must be one of {choices}, got {value!r}')
     elif not isinstance(value, ConfigDict):
       raise UserError(f'{path}: must be a dict, got {value!r}')
     elif key.kind is not ConfigDict:

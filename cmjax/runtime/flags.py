@@ -99,6 +99,7 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
   add('mode', default='train', choices=MODES, metavar='MODE', help='default: train')
   add('debug', action='store_true', help='print the full traceback of every error')
   text('trust', 'A,B', 'packages whose functions a stored config may name')
+  text('samplers', 'A,B', 'with --mode=sample or evaluate: which; all if empty')
   text('labels', '0,3,7', 'with --mode=sample: the classes to draw')
   text('from', 'PATH', 'with --mode=port: a run, a checkpoint or a released file')
   text('to', 'PATH', 'with --mode=port: a new folder, or FILE.safetensors')

@@ -14,6 +14,7 @@ from cmjax.runtime import checkpoint, logs, pretrained, sharding
 from cmjax.runtime.build import build, build_each, build_model, is_part
 from cmjax.runtime.config import Config, ConfigDict, checked, completed
 from cmjax.runtime.config_files import read
+from cmjax.runtime.config_json import read_json
 from cmjax.runtime.run import build_objective, check_fits
 from cmjax.samplers import Sampler
 from cmjax.studies.study import Subject
@@ -98,6 +99,36 @@ def reopen_for(
   config = read(name, trust) if name else None
   local = checkpoint.local(path)
   return reopen(local, config, overrides, trust, needs_data=needs_data)
+
+
+SEARCHED = 'searched'  # folder beside the weights, of the samplers that were searched
+
+
+def with_samplers(opened: Opened, names: str) -> Opened:
+  """Only the samplers of these names, of the config or of an earlier --mode=search.
+
+  Args:
+    opened: the weights.
+    names: separated by commas; empty for all of the config.
+
+  Raises: UserError if there is no such sampler.
+  """
+  if not names:
+    return opened
+  folder = beside(opened) / SEARCHED
+  searched = {path.stem: path for path in sorted(folder.glob('*.json'))}
+  parts = {}
+  for name in names.split(','):
+    if name in opened.config.samplers:
+      parts[name] = opened.config.samplers[name]
+    elif name in searched:
+      parts[name] = read_json(searched[name], opened.trust)['sampler']
+    else:
+      known = ', '.join([*opened.config.samplers, *searched])
+      raise UserError(f'--samplers: no sampler {name!r}; known: {known}')
+  config = opened.config.replace(samplers=ConfigDict(parts).to_dict())
+  samplers = build_each(ConfigDict(parts), '--samplers', Sampler)
+  return opened._replace(config=config, samplers=samplers)
 
 
 def beside(opened: Opened) -> Path:

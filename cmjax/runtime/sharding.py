@@ -4,14 +4,14 @@ Examples are sharded over all devices of a mesh; parameters, averages and optimi
 state over its axis `fsdp`, which has length 1 in data-parallel training.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import hashlib
 import itertools
 import json
 import math
 import os
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax.experimental import mesh_utils, multihost_utils
@@ -20,6 +20,7 @@ import numpy as np
 
 from cmjax.core import UserError, first_line
 
+T = TypeVar('T')
 Device = Any  # jax.Device, which type checkers take for a variable
 
 # Arrays with fewer elements are replicated: gathering them costs more than it saves.
@@ -70,6 +71,29 @@ def on_process_0(context: contextlib.AbstractContextManager[None]) -> Iterator[N
     if not all_true(not failure):
       raise UserError(failure or 'process 0 failed; its own message says why')
     yield
+
+
+def from_process_0(compute: Callable[[], T]) -> T:
+  """The result of a function, as JSON, that is called in process 0 only.
+
+  A collective, so all processes must call it.
+
+  Raises: UserError in all processes if the function raises it.
+  """
+  if jax.process_count() == 1:
+    return compute()
+  text = b''
+  if jax.process_index() == 0:
+    try:
+      text = json.dumps({'result': compute()}).encode()
+    except UserError as error:
+      text = json.dumps({'error': str(error)}).encode()
+  size = multihost_utils.broadcast_one_to_all(np.array(len(text)))
+  padded = np.resize(np.frombuffer(text or b' ', np.uint8), size)
+  message = json.loads(bytes(multihost_utils.broadcast_one_to_all(padded)))
+  if 'error' in message:
+    raise UserError(message['error'])
+  return message['result']
 
 
 def bytes_held(tree: Any) -> int:

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from cmjax import samplers, train
-from cmjax.modes import bench, evaluate
+from cmjax import samplers, sampling, train
+from cmjax.modes import bench
 from cmjax.runtime import config_files, sharding
 from cmjax.runtime.config import ConfigDict
 from cmjax.runtime.run import prepare
@@ -34,7 +34,7 @@ def build(task: dict[str, Any]) -> dict[str, Any]:
 
   def sample(calls):
     params = weights(stepper.state, 'slow')
-    evaluate.draw(run, params, sampler, num_samples=calls * task['batch'], seed=1)
+    sampling.draw(run, params, sampler, num_samples=calls * task['batch'], seed=1)
 
   device = jax.devices()[0]
   return {
