@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cmjax.core import Array, Model, Params
-from cmjax.data.source import clip, one_hot
+from cmjax.data.source import clip, one_hot_labels
 from cmjax.runtime import logs, sharding
 from cmjax.runtime.reopen import Opened
 from cmjax.runtime.run import Run
@@ -65,7 +65,7 @@ class Draws(NamedTuple):
       indices = np.arange(i * size, (i + 1) * size)
       cond, labels = None, labels_of(self.subject, indices)
       if labels is not None:
-        cond = sharding.place(one_hot(source, labels), by_example)
+        cond = sharding.place(one_hot_labels(labels, source.classes), by_example)
         labels = sharding.place(labels.astype(np.int32), by_example)
       indices = sharding.place(indices.astype(np.uint32), by_example)
       x = sample_batch(self.params, jax.random.key(self.seed), indices, cond)

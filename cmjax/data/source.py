@@ -99,8 +99,13 @@ def one_hot(source: Source, index: np.ndarray) -> np.ndarray:
   """
   if source.labels is None:
     raise ValueError(f'{source.name} has no labels')
-  rows = np.zeros((len(index), source.classes), np.float32)
-  rows[np.arange(len(index)), source.labels[index]] = 1
+  return one_hot_labels(source.labels[index], source.classes)
+
+
+def one_hot_labels(labels: np.ndarray, classes: int) -> np.ndarray:
+  """One-hot rows f32[N, classes] of labels i[N] in [0, classes)."""
+  rows = np.zeros((len(labels), classes), np.float32)
+  rows[np.arange(len(labels)), labels] = 1
   return rows
 
 
