@@ -1,28 +1,33 @@
-"""Samplers: pure functions of a model, its parameters, random keys and labels.
+"""Samplers of consistency functions and flow maps, with few evaluations.
 
-Models are on the VE process, and all times are noise levels sigma. Every sample has its
-own random key, so that it does not depend on the rest of the batch.
+A sampler is a pure function of a model, its parameters, random keys and labels. Models
+are on the VE process, and all times are noise levels sigma. Every sample has its own
+random key, so that it does not depend on the rest of the batch.
 """
 
 from collections.abc import Sequence
+import math
 from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from cmjax import checks, solvers
+from cmjax import checks
 from cmjax.core import Array, Key, Model, Params
-from cmjax.fields import probability_flow
 from cmjax.precond import TwoTime
-from cmjax.process import VE
 from cmjax.times import check_edges, karras
 
 
 class Samples(NamedTuple):
-  """Samples, and the number of network evaluations (NFE)."""
+  """Samples, and the noise level of each network evaluation."""
 
   x: Array  # f32[B, ...], not clipped
-  evaluations: int  # of the network, per sample
+  sigmas: Sequence[float]  # one per evaluation of a network for a sample
+
+  @property
+  def evaluations(self) -> int:
+    """The number of network evaluations per sample (NFE)."""
+    return len(self.sigmas)
 
 
 class Sampler(Protocol):
@@ -41,7 +46,7 @@ class Sampler(Protocol):
     ...
 
 
-def _normal(keys: Key, index: int, shape: tuple[int, ...]) -> Array:
+def normal(keys: Key, index: int, shape: tuple[int, ...]) -> Array:
   """Standard normals f32[B, *shape], the `index`-th draw of each sample's key."""
 
   def one(key):
@@ -50,10 +55,11 @@ def _normal(keys: Key, index: int, shape: tuple[int, ...]) -> Array:
   return jax.vmap(one)(keys)
 
 
-def _prior(
-  sigma: float, keys: Key, cond: Array | None, shape: tuple[int, ...]
-) -> Array:
-  """Checks `cond` and draws the initial noise sigma z, f32[B, *shape]."""
+def prior(sigma: float, keys: Key, cond: Array | None, shape: tuple[int, ...]) -> Array:
+  """Checks `cond` and draws the initial noise sigma z, f32[B, *shape].
+
+  Raises: ValueError unless `cond` is None or one-hot f32[B, K].
+  """
   if cond is not None:
     one_hot = jnp.ndim(cond) == 2 and jnp.issubdtype(cond.dtype, jnp.floating)
     if not one_hot or len(cond) != len(keys):
@@ -61,10 +67,11 @@ def _prior(
         f'cond must be one-hot f32[{len(keys)}, K], as jax.nn.one_hot(labels, K) '
         f'gives, got {cond.dtype}{list(jnp.shape(cond))}'
       )
-  return sigma * _normal(keys, 0, shape)
+  return sigma * normal(keys, 0, shape)
 
 
-def _check_descending(sigmas: Sequence[float], above: float) -> None:
+def check_descending(sigmas: Sequence[float], above: float) -> None:
+  """Raises: ValueError unless the sigmas are finite and descend, all above `above`."""
   for sigma in sigmas:
     checks.finite(sigmas=sigma)
   if not sigmas:
@@ -87,15 +94,15 @@ def multistep(*, sigmas: Sequence[float], sigma_min: float = 0.0) -> Sampler:
   Source: Song et al. 2023, algorithm 1; locuslab/ect for sigma_min = 0.
   """
   checks.not_negative(sigma_min=sigma_min)
-  _check_descending(sigmas, sigma_min)
+  check_descending(sigmas, sigma_min)
 
   def sampler(f, params, keys, cond, shape):
-    x = _prior(sigmas[0], keys, cond, shape)
+    x = prior(sigmas[0], keys, cond, shape)
     for i, sigma in enumerate(sigmas):
       if i > 0:
-        x += (sigma**2 - sigma_min**2) ** 0.5 * _normal(keys, i, shape)
+        x += (sigma**2 - sigma_min**2) ** 0.5 * normal(keys, i, shape)
       x = f(params, x, jnp.full(len(x), sigma, x.dtype), cond, key=None)
-    return Samples(x, evaluations=len(sigmas))
+    return Samples(x, tuple(sigmas))
 
   return sampler
 
@@ -111,43 +118,59 @@ def one_step(*, sigma_max: float = 80.0) -> Sampler:
   return multistep(sigmas=(sigma_max,))
 
 
-def ode(
-  *,
-  num_steps: int = 18,
-  solver: str = 'heun',
-  sigma_min: float = 0.002,
-  sigma_max: float = 80.0,
-  rho: float = 7.0,
+def trigflow(
+  *, angles: Sequence[float] = (1.1,), sigma_data: float = 0.5, sigma_max: float = 80.0
 ) -> Sampler:
-  """Solves the model's probability-flow ODE from sigma_max to 0.
+  """sCM's sampling: one step from sigma_max, and one more from each angle t.
 
-  The grid is a Karras grid of num_steps points; the last step, to 0, is Euler's.
-  `solver` is 'heun' (2 num_steps - 1 evaluations) or 'euler' (num_steps evaluations).
+  x_t = cos t f + sigma_data sin t z is f + sigma z on the VE process, with
+  sigma = sigma_data tan t, so this is `multistep`. By default two steps.
 
-  Raises: ValueError for any other solver, or unless 2 <= num_steps <= 100,000,
-    0 < sigma_min < sigma_max and rho > 0.
+  Raises: ValueError unless angles descend in (0, arctan(sigma_max / sigma_data)), and
+    sigma_data > 0.
 
-  Source: Karras et al. 2022 (EDM), algorithm 1.
-  Differs: the state is float32; NVlabs/edm keeps float64.
+  Source: Lu & Song 2024 (sCM), sections 2.1 and 5, with t = 1.1 for two steps.
   """
-  checks.whole(2, 100_000, num_steps=num_steps)
-  advance = solvers.by_name(solver)
-  grid = karras(num_steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
-  evaluations = num_steps + (num_steps - 1 if solver == 'heun' else 0)
+  checks.positive(sigma_data=sigma_data, sigma_max=sigma_max)
+  highest = math.atan(sigma_max / sigma_data)
+  for angle in angles:
+    if not 0 < angle < highest:
+      raise ValueError(f'angles must be in (0, {highest:.4g}), got {tuple(angles)}')
+  sigmas = (sigma_data * math.tan(angle) for angle in angles)
+  return multistep(sigmas=(sigma_max, *sigmas))
 
-  def sampler(f, params, keys, cond, shape):
-    flow = probability_flow(VE, lambda x, sigma: f(params, x, sigma, cond, key=None))
 
-    def step(x, pair):
-      sigma, next_sigma = (jnp.full(len(x), s) for s in pair)
-      return advance(flow, x, sigma, next_sigma), None
+def _of_grid(n: int, index: int) -> tuple[tuple[float, ...], float]:
+  return (80.0, float(karras(n)[index])), 0.002
 
-    x = _prior(sigma_max, keys, cond, shape)
-    x, _ = jax.lax.scan(step, x, (grid[:-1], grid[1:]))
-    last = jnp.full(len(x), grid[-1])
-    return Samples(solvers.euler(flow, x, last, jnp.zeros_like(last)), evaluations)
 
-  return sampler
+# Published noise levels of two-step sampling, and the sigma_min of the added noise.
+PUBLISHED: dict[str, tuple[tuple[float, ...], float]] = {
+  # openai/consistency_models and consistency_models_cifar10: indices of the grids of
+  # N points on which the models were trained.
+  'cd_cifar10': _of_grid(18, 11),
+  'cd_imagenet64': _of_grid(40, 22),
+  'ct_imagenet64': _of_grid(201, 106),
+  'cd_lpips_bedroom256': _of_grid(40, 17),
+  'cd_l2_bedroom256': _of_grid(40, 18),
+  'ct_bedroom256': _of_grid(151, 67),
+  'ct_cat256': _of_grid(151, 62),
+  # Song & Dhariwal 2023 (iCT), section 4; the same for ECT (Geng et al. 2024).
+  'ict_cifar10': ((80.0, 0.821), 0.0),
+  'ict_imagenet64': ((80.0, 1.526), 0.0),
+  # Lu & Song 2024 (sCM): t = 1.1 in TrigFlow.
+  'scm': ((80.0, 0.5 * math.tan(1.1)), 0.0),
+}
+
+
+def published(*, name: str) -> Sampler:
+  """`multistep` with the noise levels of a publication, by their name in PUBLISHED.
+
+  Raises: ValueError if there is no such name.
+  """
+  checks.choice(tuple(PUBLISHED), name=name)
+  sigmas, sigma_min = PUBLISHED[name]
+  return multistep(sigmas=sigmas, sigma_min=sigma_min)
 
 
 def phased(
@@ -169,15 +192,14 @@ def phased(
     raise ValueError(f'edges must be below {sigma_max=}, got {tuple(edges)}')
   if not 0 < skip <= 1:
     raise ValueError(f'skip must be in (0, 1], got {skip}')
-  lower_edges = [*reversed(edges), 0.0]
+  sigmas = (sigma_max, *(skip * edge for edge in reversed(edges)))
 
   def sampler(f, params, keys, cond, shape):
-    x, sigma = _prior(sigma_max, keys, cond, shape), sigma_max
-    for edge in lower_edges:
-      next_sigma = skip * edge
+    x = prior(sigma_max, keys, cond, shape)
+    for sigma, next_sigma in zip(sigmas, (*sigmas[1:], 0.0)):
       denoised = f(params, x, jnp.full(len(x), sigma, x.dtype), cond, key=None)
-      x, sigma = denoised + next_sigma / sigma * (x - denoised), next_sigma
-    return Samples(x, evaluations=len(lower_edges))
+      x = denoised + next_sigma / sigma * (x - denoised)
+    return Samples(x, sigmas)
 
   return sampler
 
@@ -192,17 +214,17 @@ def flow_map(*, sigmas: Sequence[float] = (80.0,)) -> Sampler:
 
   Source: Geng et al. 2025 (MeanFlow), algorithm 2.
   """
-  _check_descending(sigmas, 0.0)
+  check_descending(sigmas, 0.0)
 
   def sampler(f, params, keys, cond, shape):
     if not isinstance(f, TwoTime):
       raise ValueError(
         f'samplers.flow_map needs a model of precond.two_time, got {type(f).__name__}'
       )
-    x = _prior(sigmas[0], keys, cond, shape)
+    x = prior(sigmas[0], keys, cond, shape)
     for pair in zip(sigmas, (*sigmas[1:], 0.0)):
       sigma, sigma_end = (jnp.full(len(x), s, x.dtype) for s in pair)
       x = f.move(params, x, sigma, sigma_end, cond)
-    return Samples(x, evaluations=len(sigmas))
+    return Samples(x, tuple(sigmas))
 
   return sampler

@@ -5,7 +5,6 @@ import functools
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from cmjax.core import Array, Model, Params
@@ -13,6 +12,7 @@ from cmjax.data.source import clip, one_hot_labels
 from cmjax.runtime import logs, sharding
 from cmjax.runtime.reopen import Opened
 from cmjax.runtime.run import Run
+from cmjax.runtime.sampler_check import sigmas_of
 from cmjax.samplers import Sampler
 
 Subject = Run | Opened
@@ -109,18 +109,9 @@ def labels_of(subject: Subject, index: np.ndarray) -> np.ndarray | None:
 
 def evaluations(subject: Subject, params: Params, sampler: Sampler) -> int:
   """Network evaluations per sample, without computing any."""
-  counted: list[int] = []
-
-  def trace(params, keys, cond):
-    samples = sampler(subject.f, params, keys, cond, subject.source.shape)
-    counted.append(int(samples.evaluations))
-    return samples.x
-
-  keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
-  classes = subject.source.classes if subject.source.labels is not None else 0
-  cond = jax.ShapeDtypeStruct((1, classes), jnp.float32) if classes else None
-  jax.eval_shape(trace, params, keys, cond)
-  return counted[0]
+  source = subject.source
+  classes = 0 if source.labels is None else source.classes
+  return len(sigmas_of(sampler, subject.f, params, source.shape, classes))
 
 
 @functools.lru_cache(maxsize=16)

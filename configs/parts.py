@@ -84,6 +84,7 @@ def base() -> Config:
       max_skipped_steps=100,  # steps with NaN or infinity before a run stops
       init_from='',  # work directory or checkpoint to start from
       teacher='',  # the same, for objectives that distil a teacher
+      guide='',  # the same: a worse version of the model, for guidance:autoguidance
       sample_weights='online',  # or the name of an EMA
       # With fsdp, the state is sharded over the devices.
       mesh=dict(fn='cmjax.runtime.sharding:mesh', fsdp=False, num_slices=1),
@@ -374,7 +375,7 @@ def half_life(half_life_images: int, rampup_ratio: float = 0.0) -> dict:
 def heun() -> dict:
   """EDM's deterministic sampler: 18 steps, 35 evaluations."""
   return dict(
-    fn='cmjax.samplers:ode',
+    fn='cmjax.diffusion_samplers:ode',
     num_steps=18,
     solver='heun',
     sigma_min=0.002,

@@ -193,7 +193,7 @@ def silent(network):
 @pytest.mark.parametrize(
   ('fn', 'kind', 'told'),
   [
-    ('cmjax.samplers:ode', Network, 'returns Sampler, not Network'),
+    ('cmjax.diffusion_samplers:ode', Network, 'returns Sampler, not Network'),
     ('cmjax.schedules:constant', Model, 'returns a function, not Model'),
     ('optax:adam', Schedule, 'not a function'),
     (f'{__name__}:silent', Model, 'of type str, not Model'),
@@ -207,12 +207,11 @@ def test_a_function_of_another_kind_is_refused(fn, kind, told):
 
 
 def test_a_part_inside_a_part_is_of_the_kind_of_its_parameter():
-  spec = dict(fn='cmjax.objectives.consistency:ct', pairs=dict(fn='cmjax.samplers:ode'))
-  told = refusal(made, **spec)
-  assert told.startswith('config.part.pairs.fn: cmjax.samplers:ode returns Sampler')
-  rate = dict(fn='cmjax.samplers:ode')
-  told = refusal(made, fn='optax:adam', learning_rate=rate)
-  assert told.startswith('config.part.learning_rate.fn: cmjax.samplers:ode returns')
+  ode = dict(fn='cmjax.diffusion_samplers:ode')
+  told = refusal(made, fn='cmjax.objectives.consistency:ct', pairs=ode)
+  assert told.startswith(f'config.part.pairs.fn: {ode["fn"]} returns Sampler')
+  told = refusal(made, fn='optax:adam', learning_rate=ode)
+  assert told.startswith(f'config.part.learning_rate.fn: {ode["fn"]} returns')
 
 
 # Whose mistake it is ---------------------------------------------------------------

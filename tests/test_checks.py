@@ -12,7 +12,9 @@ import pytest
 from cmjax import (
   checks,
   core,
+  diffusion_samplers,
   distances,
+  guidance,
   oracles,
   precond,
   process,
@@ -38,6 +40,9 @@ from cmjax.studies.tangents import normalised_bias, tangents
 
 RUN = dict(batch_size=8, total_images=80)
 GRID = dict(sigma_min=0.002, sigma_max=80.0, rho=7.0)
+GUIDANCE = dict(
+  sampler=samplers.one_step(), guidance=2.0, sigma_low=0.1, sigma_high=5.0
+)
 LEVELS = dict(sigma_min=0.1, sigma_max=10.0, num_sigmas=2)
 STAGES = dict(stage_images=24, batch_size=8)
 NETWORK = core.Network(None, None)
@@ -84,7 +89,14 @@ VALID = {
   times.dyadic_pairs: dict(num_steps=8, flow_fraction=0.5),
   samplers.multistep: dict(sigmas=(80.0, 1.0), sigma_min=0.002),
   samplers.one_step: dict(sigma_max=80.0),
-  samplers.ode: GRID | dict(num_steps=18),
+  samplers.trigflow: dict(angles=(1.1,), sigma_data=0.5, sigma_max=80.0),
+  diffusion_samplers.ode: GRID | dict(num_steps=18),
+  diffusion_samplers.ddim: GRID | dict(num_steps=18, eta=0.5),
+  diffusion_samplers.dpm_solver: GRID | dict(num_steps=18),
+  diffusion_samplers.stochastic: GRID
+  | dict(num_steps=18, churn=1.0, churn_min=0.1, churn_max=50.0, noise_scale=1.0),
+  guidance.classifier_free: GUIDANCE,
+  guidance.autoguidance: GUIDANCE,
   samplers.phased: dict(edges=(1.0,), sigma_max=80.0, skip=0.9),
   denoise.edm: dict(f=None, times=DRAW, sigma_data=0.5, label_dropout=0.1),
   consistency.ect: dict(f=None, times=DRAW, relative_gap=HALF, k=8.0, b=1.0, **SQUARED),
@@ -154,6 +166,7 @@ NUMBERS = [
 STUDIES = ['discrete_limit', 'gradient_noise', 'jvp_precision', 'map_error', 'tangents']
 MODULES = (
   *(process, schedules, distances, weightings, precond, times, samplers, continuous),
+  *(diffusion_samplers, guidance),
   *(denoise, consistency, flow_map, progressive, trigflow),
   *(sys.modules[f'cmjax.studies.{name}'] for name in STUDIES),
 )
@@ -221,7 +234,9 @@ def test_sequences_that_cannot_work_are_refused_by_name(function, name, bad):
     function(**VALID.get(function, {}) | {name: bad})
 
 
-@pytest.mark.parametrize('function', [times.karras_pairs, samplers.ode, progressive.pd])
+@pytest.mark.parametrize(
+  'function', [times.karras_pairs, diffusion_samplers.ode, progressive.pd]
+)
 def test_grids_that_do_not_descend_are_refused(function):
   with pytest.raises(ValueError, match='needs sigma_min < sigma_max'):
     function(**VALID[function] | dict(sigma_min=80.0))

@@ -14,8 +14,10 @@ import pytest
 
 from cmjax import (
   core,
+  diffusion_samplers,
   distances,
   fields,
+  guidance,
   precond,
   samplers,
   schedules,
@@ -134,9 +136,28 @@ PRECONDITIONERS = {
 SAMPLERS = {
   'one_step': (samplers.one_step(), 1),  # and how often it evaluates the network
   'multistep': (samplers.multistep(sigmas=(80.0, 5.0, 0.8)), 3),
-  'ode': (samplers.ode(num_steps=18), 35),
   'phased': (samplers.phased(edges=(1.0, 5.0), skip=0.9), 3),
   'flow_map': (samplers.flow_map(sigmas=(80.0, 1.0)), 2),
+  'trigflow': (samplers.trigflow(), 2),
+  'published': (samplers.published(name='cd_cifar10'), 2),
+  'ode': (diffusion_samplers.ode(num_steps=18), 35),
+  'stochastic': (diffusion_samplers.stochastic(num_steps=18), 35),
+  'ddim': (diffusion_samplers.ddim(num_steps=18, eta=0.5), 18),
+  'dpm_solver': (diffusion_samplers.dpm_solver(num_steps=18), 18),
+  # Three of the six noise levels of this grid are in the interval.
+  'classifier_free': (
+    guidance.classifier_free(
+      sampler=diffusion_samplers.ddim(num_steps=6),
+      guidance=2.0,
+      sigma_low=0.5,
+      sigma_high=30.0,
+    ),
+    9,
+  ),
+  'autoguidance': (
+    guidance.autoguidance(sampler=samplers.multistep(sigmas=(80.0, 0.8)), guidance=2.0),
+    4,
+  ),
 }
 # Samplers of a model of two times; the others take any.
 TWO_TIME = {'flow_map'}
@@ -165,7 +186,9 @@ def test_every_member_has_a_row():
   assert folder_members('objectives', core.Loss) == set(OBJECTIVES)
   assert folder_members('networks', core.Network) == {n.split()[0] for n in NETWORKS}
   assert public_functions(precond, core.Model) == set(PRECONDITIONERS)
-  assert public_functions(samplers, samplers.Sampler) == set(SAMPLERS)
+  of_samplers = (samplers, diffusion_samplers, guidance)
+  returned = [public_functions(module, samplers.Sampler) for module in of_samplers]
+  assert set().union(*returned) == set(SAMPLERS)
 
 
 # Objectives ------------------------------------------------------------------------
@@ -667,10 +690,17 @@ def test_sampler_counts_its_evaluations_and_keeps_samples_apart(name):
     f = precond.two_time(core.Network(None, apply, num_times=2))
   else:
     f = precond.edm(core.Network(None, apply))
+  cond, params = None, 0.5
+  if name == 'classifier_free':
+    cond = jnp.eye(4)
+  if name == 'autoguidance':
+    f, params = guidance.WithGuide(f, f), guidance.GuidedParams(0.5, 0.4)
+  keys = jax.random.split(jax.random.key(9), 4)
   with jax.disable_jit():  # so that a scan calls f as often as it runs
-    out = sampler(f, 0.5, jax.random.split(jax.random.key(9), 4), None, (3,))
+    out = sampler(f, params, keys, cond, (3,))
   assert out.evaluations == len(calls) == evaluations
   assert out.x.shape == (4, 3)
-  fewer = sampler(f, 0.5, jax.random.split(jax.random.key(9), 4)[1:3], None, (3,))
+  cond = None if cond is None else cond[1:3]
+  fewer = sampler(f, params, keys[1:3], cond, (3,))
   # Not bit-equal: compiled and plain arithmetic may round differently.
   np.testing.assert_allclose(out.x[1:3], fewer.x, rtol=1e-4, atol=1e-6)

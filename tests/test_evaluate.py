@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cmjax import core, evaluation, oracles, samplers, sampling
+from cmjax import core, diffusion_samplers, evaluation, oracles, samplers, sampling
 from cmjax.data.digits import digits
 from cmjax.data.points import points
 from cmjax.data.source import as_x0
@@ -66,7 +66,8 @@ def test_samples_are_clipped_to_the_range_of_the_data(one_device):
 def test_the_table_counts_evaluations_of_every_sampler(one_device):
   source = digits()
   metrics = {'frechet': pixel_frechet()}
-  named = {'few': samplers.multistep(sigmas=(80.0, 1.0)), 'many': samplers.ode()}
+  few = samplers.multistep(sigmas=(80.0, 1.0))
+  named = {'few': few, 'many': diffusion_samplers.ode()}
   rows = evaluate.table(opened(source, labelled, one_device, **named), None, metrics)
   assert [(row['sampler'], row['evaluations']) for row in rows] == [
     ('few', 2),

@@ -48,7 +48,7 @@ TEXTS = [
 TUPLES = ['()', '(1,)', '(80.0, 1.0)', '(1.0, 80.0)', '(nan,)', '("x",)', '((1, 2), 3)',
           '(-1,)', '(0,)', '(1e30,)', f'({10**100},)', '(None,)', '1,2']  # fmt: skip
 FUNCTIONS = [
-  'cmjax.schedules:constant', 'cmjax.schedules:cosine', 'cmjax.samplers:ode',
+  'cmjax.schedules:constant', 'cmjax.schedules:cosine', 'cmjax.diffusion_samplers:ode',
   'cmjax.networks.mlp:mlp', 'cmjax.precond:edm', 'cmjax.precond:two_time',
   'cmjax.distances:l1', 'cmjax.weightings:uniform', 'cmjax.times:lognormal',
   'cmjax.data.digits:digits', 'cmjax.data.blank:blank', 'optax:sgd', 'os:times',

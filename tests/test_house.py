@@ -17,7 +17,7 @@ FLOORS = {
   ],
   'methods': [
     *('objectives.*', 'networks.*', 'metrics.*', 'studies.*'),
-    *('samplers', 'oracles', 'optimizers'),
+    *('samplers', 'diffusion_samplers', 'guidance', 'oracles', 'optimizers'),
   ],
   'doors': ['runtime.*', 'data.*', 'port.*'],
   'programs': ['train', 'sampling', 'evaluation', 'modes.*'],

@@ -14,7 +14,7 @@ from cmjax.data.source import Source, as_uint8, as_x0
 from cmjax.metrics.metric import Metric
 from cmjax.runtime import logs
 from cmjax.runtime.feature_store import FeatureStore
-from cmjax.runtime.reopen import beside, facts, reopen_for, with_samplers
+from cmjax.runtime.reopen import beside, facts, for_sampling, reopen_for
 from cmjax.runtime.run import Run
 from cmjax.sampling import Check, Subject, draw
 
@@ -147,7 +147,7 @@ def table_logger(metrics: Mapping[str, Metric], folder: Path) -> Callable[..., N
 def run(flags: argparse.Namespace) -> None:
   """Prints the table, and writes it as Markdown and JSON into the run."""
   opened = reopen_for(flags.workdir, flags.config, flags.overrides, flags.trust)
-  opened = with_samplers(opened, flags.samplers)
+  opened = for_sampling(opened, flags.samplers)
   settings, folder = opened.config.evaluation, beside(opened)
   metrics = evaluation.build_metrics(opened)
   rows = table(

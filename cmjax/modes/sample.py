@@ -9,7 +9,7 @@ from cmjax.core import UserError, unused
 from cmjax.data.source import Source, as_x0
 from cmjax.modes import evaluate
 from cmjax.runtime import logs
-from cmjax.runtime.reopen import beside, reopen_for, with_samplers
+from cmjax.runtime.reopen import beside, for_sampling, reopen_for
 from cmjax.sampling import draw
 
 
@@ -18,11 +18,11 @@ def run(flags: argparse.Namespace) -> None:
   opened = reopen_for(
     flags.workdir, flags.config, flags.overrides, flags.trust, needs_data=False
   )
-  opened = with_samplers(opened, flags.samplers)
   source = opened.source
   if flags.labels:
     source = _with_labels(source, flags.labels)
     opened = opened._replace(source=source)
+  opened = for_sampling(opened, flags.samplers)
   folder = unused(beside(opened) / 'samples' / f'step_{opened.step:08d}')
   evaluation, panels = opened.config.evaluation, {}
   if len(source.examples):

@@ -56,7 +56,7 @@ def pd(
 
   The teacher is the target network, whose decay must be `schedules.copy_at_stages`
   with the same stages as `num_steps`. Start from the parameters of a diffusion model. f
-  is a denoiser; sample it by `samplers.ode` with solver 'euler'.
+  is a denoiser; sample it by `diffusion_samplers.ode` with solver 'euler'.
 
   Raises: ValueError unless 0 < sigma_min < sigma_max and rho > 0, or without a target
     network.

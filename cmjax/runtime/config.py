@@ -88,6 +88,7 @@ class Config:
   max_skipped_steps: Annotated[StepsOrNever, MAY_CHANGE]
   init_from: str
   teacher: str
+  guide: Annotated[str, MAY_CHANGE]
   sample_weights: Annotated[str, MAY_CHANGE]
   mesh: Annotated[Part, MAY_CHANGE]
   data: Annotated[Part, MayChange(('data_dir', 'path'))]

@@ -41,6 +41,20 @@ def user_errors(where: str) -> Iterator[None]:
     raise
 
 
+@contextlib.contextmanager
+def part_errors(where: str) -> Iterator[None]:
+  """`user_errors`, which also adds the place to a UserError raised within it."""
+  from cmjax.core import UserError
+
+  try:
+    with user_errors(where):
+      yield
+  except UserError as error:
+    if str(error).startswith('config.'):
+      raise
+    raise UserError(f'{where}: {error}') from error
+
+
 def frame_of_user(error: BaseException) -> TracebackType | None:
   """The traceback from its first frame outside cmjax and its libraries."""
   trace = error.__traceback__

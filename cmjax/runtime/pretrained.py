@@ -171,8 +171,9 @@ def _sampling(precond: str) -> dict[str, Any]:
   and ECT on CIFAR-10.
   """
   one_step = dict(fn='cmjax.samplers:one_step', sigma_max=80.0)
+  heun = dict(fn='cmjax.diffusion_samplers:ode', num_steps=18, solver='heun')
   samplers = {
-    'edm': dict(heun=dict(fn='cmjax.samplers:ode', num_steps=18, solver='heun')),
+    'edm': dict(heun=heun),
     'two_time': dict(one_step=dict(fn='cmjax.samplers:flow_map', sigmas=(80.0,))),
   }
   two_steps = dict(fn='cmjax.samplers:multistep', sigmas=(80.0, 0.821), sigma_min=0.0)

@@ -27,6 +27,7 @@ FUNCTIONS = {
   'cmjax.distances:truncated_snr': 'cmjax.weightings:truncated_snr',
   'cmjax.distances:uniform': 'cmjax.weightings:uniform',
   'cmjax.networks.perceptual:lpips': 'cmjax.networks.lpips:lpips',
+  'cmjax.samplers:ode': 'cmjax.diffusion_samplers:ode',
   'cmjax.schedules:adaptive_bins': 'cmjax.schedules:adaptive_num_scales',
   'cmjax.schedules:adaptive_target_rate': 'cmjax.schedules:adaptive_decay',
   'cmjax.schedules:doubling_bins': 'cmjax.schedules:doubling_num_scales',
@@ -63,6 +64,7 @@ KEYS = {
   },
   'cmjax.objectives.progressive:': {'steps': 'num_steps'},
   'cmjax.runtime.sharding:': {'slices': 'num_slices'},
+  'cmjax.diffusion_samplers:': {'steps': 'num_steps'},
   'cmjax.samplers:': {'steps': 'num_steps', 'times': 'sigmas'},
   'cmjax.schedules:': {'start_rate': 'start_decay'},
   'cmjax.studies.': {

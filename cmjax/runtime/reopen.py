@@ -10,12 +10,14 @@ import numpy as np
 
 from cmjax.core import Model, Nets, Params, UserError
 from cmjax.data.source import Source, as_x0, batch_at, one_hot, placeholder
+from cmjax.guidance import GuidedParams, WithGuide
 from cmjax.runtime import checkpoint, logs, pretrained, sharding
 from cmjax.runtime.build import build, build_each, build_model, is_part
 from cmjax.runtime.config import Config, ConfigDict, checked, completed
 from cmjax.runtime.config_files import read
 from cmjax.runtime.config_json import read_json
 from cmjax.runtime.run import build_objective, check_fits
+from cmjax.runtime.sampler_check import check_samplers
 from cmjax.samplers import Sampler
 from cmjax.studies.study import Subject
 
@@ -104,17 +106,34 @@ def reopen_for(
 SEARCHED = 'searched'  # folder beside the weights, of the samplers that were searched
 
 
-def with_samplers(opened: Opened, names: str) -> Opened:
-  """Only the samplers of these names, of the config or of an earlier --mode=search.
+def for_sampling(opened: Opened, names: str = '') -> Opened:
+  """The weights with the samplers of these names, and with `config.guide` if given.
 
   Args:
     opened: the weights.
-    names: separated by commas; empty for all of the config.
+    names: samplers of the config or of an earlier --mode=search, separated by commas;
+      empty for all of the config.
 
-  Raises: UserError if there is no such sampler.
+  Raises: UserError if there is no such sampler, it does not fit the model, or the guide
+    is of other data.
   """
-  if not names:
-    return opened
+  if names:
+    opened = _with_samplers(opened, names)
+  config, source = opened.config, opened.source
+  if config.guide:
+    guide = pretrained.load(
+      config.guide, trust=opened.trust, mesh=opened.mesh, say=logs.say
+    )
+    check_fits(config.guide, guide, source)
+    params = GuidedParams(opened.params, guide.params)
+    opened = opened._replace(f=WithGuide(opened.f, guide.f), params=params)
+  classes = 0 if source.labels is None else source.classes
+  model = (opened.f, opened.params, source.shape, classes)
+  check_samplers(opened.samplers, *model, config.objective)
+  return opened
+
+
+def _with_samplers(opened: Opened, names: str) -> Opened:
   folder = beside(opened) / SEARCHED
   searched = {path.stem: path for path in sorted(folder.glob('*.json'))}
   parts = {}

@@ -1,7 +1,6 @@
 """A config checked against its functions, data and devices, before any compute."""
 
-from collections.abc import Iterable, Iterator
-import contextlib
+from collections.abc import Iterable
 import functools
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -9,7 +8,6 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-import numpy as np
 import optax
 
 from cmjax.core import (
@@ -31,10 +29,11 @@ from cmjax.runtime import checkpoint, logs, pretrained, sharding
 from cmjax.runtime.build import build, build_each, build_model, is_part, path_of
 from cmjax.runtime.config import REQUIRED, Config, ConfigDict, checked
 from cmjax.runtime.config_json import to_json
-from cmjax.runtime.errors import user_errors
+from cmjax.runtime.errors import part_errors
 from cmjax.runtime.functions import parameters
+from cmjax.runtime.sampler_check import check_sigmas, sigmas_of
 from cmjax.runtime.schedules import check_schedules, given_by, schedules_of
-from cmjax.samplers import Sampler, Samples
+from cmjax.samplers import Sampler
 
 
 class Run(NamedTuple):
@@ -201,13 +200,6 @@ def _check_guidance(config: Config, teacher: pretrained.Pretrained) -> None:
     )
 
 
-def _drawn(sampler, f, shape, params, keys, cond):
-  drawn = sampler(f, params, keys, cond, shape)
-  if not isinstance(drawn, Samples):
-    raise UserError(f'must return Samples, not a value of type {type(drawn).__name__}')
-  return drawn.x
-
-
 def _loss_of(loss, nets, batch, step, keys):
   out = loss(nets, batch, step, keys)
   if not isinstance(out, LossOut) or 'sigma' not in out.aux:
@@ -223,7 +215,7 @@ def _try_abstractly(run: Run) -> None:
 
   Raises: UserError naming the part.
   """
-  with _part('config.network'):
+  with part_errors('config.network'):
     params = run.abstract_params()
     inputs = pretrained.example_inputs(
       run.source.shape, run.source.classes, run.network.num_times
@@ -239,28 +231,15 @@ def _try_abstractly(run: Run) -> None:
   batch = batch_at(run.source, 0, 0, run.config.batch_size)
   size = (len(batch.x0),)
   keys = jax.eval_shape(lambda: streams(jax.random.key(0), 0))
-  with _part('config.objective'):
+  with part_errors('config.objective'):
     trace = functools.partial(_loss_of, run.loss)
     out = jax.eval_shape(trace, nets, batch, jnp.int32(0), keys)
     for name, value in {'loss': out.loss, **out.aux}.items():
       if getattr(value, 'shape', None) != size:
         raise UserError(f'{name} must be f32[B] of shape {size}, and is {value}')
-  rows = run.mesh.size
-  cond = None if batch.cond is None else np.zeros((rows, run.source.classes), 'f4')
-  keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
+  shape = run.source.shape
+  classes = 0 if batch.cond is None else run.source.classes
   for name, sampler in run.samplers.items():
-    with _part(f'config.samplers.{name}'):
-      draw = functools.partial(_drawn, sampler, run.f, run.source.shape)
-      jax.eval_shape(draw, params, keys, cond)
-
-
-@contextlib.contextmanager
-def _part(where: str) -> Iterator[None]:
-  """`user_errors`, which also adds the place to a UserError raised within it."""
-  try:
-    with user_errors(where):
-      yield
-  except UserError as error:
-    if str(error).startswith('config.'):
-      raise
-    raise UserError(f'{where}: {error}') from error
+    with part_errors(f'config.samplers.{name}'):
+      sigmas = sigmas_of(sampler, run.f, params, shape, classes, run.mesh.size)
+      check_sigmas(sigmas, run.config.objective)
