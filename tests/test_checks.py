@@ -140,6 +140,7 @@ VALID = {
 }
 ANY_SIGN = {'mean', 'value', 'k', 'b', 'guidance'}
 MAY_BE_ZERO = ANY_SIGN | {
+  *('eta', 'churn', 'churn_min', 'noise_scale', 'sigma_low'),
   *('peak', 'warmup_images', 'rampup_images', 'rampup_ratio', 'c', 'power'),
   *('sigma_threshold', 'label_dropout', 'equal_fraction', 'flow_fraction', 'sigma_min'),
 }
