@@ -257,6 +257,17 @@ def studies(data: str) -> dict:
   return parts
 
 
+def likelihood(data: str) -> dict:
+  """The study of the log-likelihood, for models that are denoisers."""
+  return dict(
+    fn='cmjax.studies.likelihood:likelihood',
+    num_levels={'toy2d': 0, 'digits': 17, 'cifar10': 256}[data],
+    num_steps=(8, 16, 32),
+    num_samples=128,
+    num_probes=0 if data == 'toy2d' else 4,
+  )
+
+
 def trigflow_network(data: str) -> dict:
   """Keywords of a network conditioned on an angle (noise scale: cmjax choice)."""
   return {} if data == 'cifar10' else dict(noise_scale=10.0)
