@@ -17,7 +17,7 @@ FLOORS = {
   ],
   'methods': [
     *('objectives.*', 'networks.*', 'metrics.*', 'studies.*'),
-    *('samplers', 'oracles', 'optimizers', 'likelihood'),
+    *('samplers', 'oracles', 'optimizers', 'likelihood', 'search'),
   ],
   'doors': ['runtime.*', 'data.*', 'port.*'],
   'programs': ['train', 'modes.*'],

@@ -10,6 +10,7 @@ from cmjax.studies.likelihood import likelihood as study_of_likelihood
 from cmjax.studies.study import Subject
 
 GRID = dict(sigma_min=0.01, sigma_max=80.0)
+X = jnp.ones((2, 3))
 GAUSSIAN = oracles.gaussian(np.array([0.3, -0.2, 0.1]), 0.4)
 
 
@@ -110,7 +111,9 @@ def test_evaluations_are_counted():
   assert seen.evaluations == 20
 
 
-@pytest.mark.parametrize('low, high, levels', [(-1.0, 1.0, 256), (-0.41, 0.93, 17)])
+@pytest.mark.parametrize(
+  ('low', 'high', 'levels'), [(-1.0, 1.0, 256), (-0.41, 0.93, 17)]
+)
 def test_bits_of_dequantised_uniform_levels_are_their_entropy(low, high, levels):
   """Levels drawn uniformly have log2(levels) bits, and bins of density 1 / range."""
   width = likelihood.bin_width(low, high, levels)
@@ -157,7 +160,7 @@ def test_study_reports_nats_of_points_and_bits_of_levels():
   assert study.ys == ('bits_per_dim',)
 
 
-X = jnp.ones((2, 3))
+UNEVEN = jnp.arange(3.0)[:, None] ** 2
 INVALID = {
   'sigmas': (lambda: nats_of(GAUSSIAN, X, sigma_min=90.0), 'sigma_min < sigma_max'),
   'sigma_data': (lambda: nats_of(GAUSSIAN, X, sigma_data=0.0), 'sigma_data must be'),

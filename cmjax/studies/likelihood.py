@@ -4,7 +4,6 @@ from collections.abc import Sequence
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from cmjax import checks
