@@ -17,7 +17,7 @@ FLOORS = {
   ],
   'methods': [
     *('objectives.*', 'networks.*', 'metrics.*', 'studies.*'),
-    *('samplers', 'oracles', 'optimizers', 'likelihood', 'search'),
+    *('samplers', 'oracles', 'optimizers', 'likelihood', 'search', 'ema'),
   ],
   'doors': ['runtime.*', 'data.*', 'port.*'],
   'programs': ['train', 'modes.*'],

@@ -73,7 +73,7 @@ STD, DIM = 0.5, 2
 
 def shrink(sigma):
   exact = STD / (STD**2 + sigma**2) ** 0.5
-  return exact * (1 - 0.3 * sigma / (2 + sigma) - 0.004)
+  return exact * (1 - 0.3 * sigma**3 / (8 + sigma**3) - 0.004)
 
 
 def frechet(sigmas):
