@@ -194,10 +194,14 @@ def _cached(subject: Subject, name: str, metric: Metric) -> FeatureStore:
   return store.of(name)
 
 
-def build_metrics(subject: Subject) -> dict[str, Metric]:
+def build_metrics(subject: Subject, key: str = 'evaluation') -> dict[str, Metric]:
   """The metrics of a config, on its data.
 
   A metric receives those of `real`, `labels` and `source` that its signature names.
+
+  Args:
+    subject: the run or the weights.
+    key: of the config, whose num_samples will be measured: evaluation or search.
 
   Raises: UserError if a metric does not fit the data, or needs more samples.
   """
@@ -206,10 +210,11 @@ def build_metrics(subject: Subject) -> dict[str, Metric]:
   if any('real' in _keywords(part, name) for name, part in config.metrics.items()):
     given['real'] = as_x0(source, source.examples)  # a copy of all data as floats
   metrics = build.build_each(config.metrics, 'config.metrics', Metric, **given)
+  num_samples = getattr(config, key).num_samples
   for name, metric in metrics.items():
-    if metric.min_samples > config.evaluation.num_samples:
+    if metric.min_samples > num_samples:
       raise UserError(
-        f'config.evaluation.num_samples: {config.evaluation.num_samples}, and '
+        f'config.{key}.num_samples: {num_samples}, and '
         f'config.metrics.{name} needs at least {metric.min_samples}'
       )
   return metrics

@@ -33,4 +33,5 @@ def get_config(data='digits'):
     c.optimizer = parts.adam(parts.cosine(1e-3))
     c.ema = dict(slow=parts.constant(0.998))
   c.samplers = dict(heun=parts.heun(), one_step=parts.one_step())
+  c.studies.likelihood = parts.likelihood(data)
   return c

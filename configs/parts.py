@@ -108,6 +108,18 @@ def base() -> Config:
         labels='data',  # of the data in order; balanced: each class in turn
         num_pictured=100,
       ),
+      search=dict(
+        sampler='',  # whose key is searched; empty: the first that has it
+        key='sigmas',  # or any number of the sampler, such as skip, or guidance
+        metric='',  # such as pixel_frechet; empty: the first of the config
+        maximise=False,
+        low=0.0,  # range of the key, and for sigmas of the noise levels;
+        high=0.0,  # both 0 for sigmas: from 0.002 to the first of the sampler
+        num_steps=2,  # for sigmas: each number of steps up to this one
+        max_evaluations=15,  # per noise level, or number
+        num_samples=10_000,
+        seed=1_000_000,  # apart from the seeds of evaluation
+      ),
       every=dict(  # 0: never; pictures, evaluations and checkpoints also at the end
         log_steps=100, picture_steps=0, evaluate_steps=0, checkpoint_steps=1000
       ),
@@ -263,6 +275,17 @@ def studies(data: str) -> dict:
       fn='cmjax.studies.map_error:map_error', oracle=ring(), num_samples=1024, **sigmas
     )
   return parts
+
+
+def likelihood(data: str) -> dict:
+  """The study of the log-likelihood, for models that are denoisers."""
+  return dict(
+    fn='cmjax.studies.likelihood:likelihood',
+    num_levels={'toy2d': 0, 'digits': 17, 'cifar10': 256}[data],
+    num_steps=(8, 16, 32),
+    num_samples=128,
+    num_probes=0 if data == 'toy2d' else 4,
+  )
 
 
 def trigflow_network(data: str) -> dict:

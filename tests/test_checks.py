@@ -34,6 +34,7 @@ from cmjax.objectives import (
 from cmjax.studies.discrete_limit import discrete_limit
 from cmjax.studies.gradient_noise import gradient_noise
 from cmjax.studies.jvp_precision import jvp_precision
+from cmjax.studies.likelihood import likelihood
 from cmjax.studies.map_error import map_error
 from cmjax.studies.study import Study, Subject
 from cmjax.studies.tangents import normalised_bias, tangents
@@ -137,12 +138,15 @@ VALID = {
   gradient_noise: SUBJECT | dict(num_bins=2, num_batches=2),
   jvp_precision: SUBJECT | dict(num_samples=4),
   discrete_limit: SUBJECT | dict(num_samples=4, sigma_min=0.01, sigma_max=10.0),
+  likelihood: SUBJECT
+  | dict(num_levels=2, num_samples=2, num_probes=1, sigma_min=0.002, sigma_max=80.0),
 }
 ANY_SIGN = {'mean', 'value', 'k', 'b', 'guidance'}
 MAY_BE_ZERO = ANY_SIGN | {
   *('eta', 'churn', 'churn_min', 'noise_scale', 'sigma_low'),
   *('peak', 'warmup_images', 'rampup_images', 'rampup_ratio', 'c', 'power'),
   *('sigma_threshold', 'label_dropout', 'equal_fraction', 'flow_fraction', 'sigma_min'),
+  *('num_levels', 'num_probes'),
 }
 # Exceptions: zeros that are invalid, and a zero that means "unknown".
 NOT_ZERO = {(flow_map.meanflow, 'c')}
@@ -150,7 +154,7 @@ NOT_ZERO |= {(f, 'sigma_min') for f, taken in VALID.items() if 'sigma_max' in ta
 ZERO = {(schedules.relative_gap, 'total_images')}
 COUNTS = {
   *('start', 'end', 'num_steps', 'block_size', 'num_sigmas', 'num_samples'),
-  *('num_draws', 'subset_size', 'num_bins', 'num_batches'),
+  *('num_draws', 'subset_size', 'num_bins', 'num_batches', 'num_levels', 'num_probes'),
 }
 
 
@@ -164,7 +168,10 @@ NUMBERS = [
   for name, value in taken.items()
   if isinstance(value, (int, float))
 ]
-STUDIES = ['discrete_limit', 'gradient_noise', 'jvp_precision', 'map_error', 'tangents']
+STUDIES = [
+  *('discrete_limit', 'gradient_noise', 'jvp_precision', 'likelihood', 'map_error'),
+  'tangents',
+]
 MODULES = (
   *(process, schedules, distances, weightings, precond, times, samplers, continuous),
   *(diffusion_samplers, guidance),
@@ -228,6 +235,8 @@ def test_numbers_that_cannot_work_are_refused_by_name(function, name):
     (jvp_precision, 'widths', ()),
     (discrete_limit, 'num_scales', (1,)),
     (discrete_limit, 'num_scales', ()),
+    (likelihood, 'num_steps', (0,)),
+    (likelihood, 'num_steps', ()),
   ],
 )
 def test_sequences_that_cannot_work_are_refused_by_name(function, name, bad):

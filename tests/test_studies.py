@@ -15,6 +15,7 @@ import cmjax.studies
 from cmjax.studies.discrete_limit import discrete_limit
 from cmjax.studies.gradient_noise import gradient_noise
 from cmjax.studies.jvp_precision import jvp_precision
+from cmjax.studies.likelihood import likelihood
 from cmjax.studies.map_error import map_error
 from cmjax.studies.study import Study, Subject
 from cmjax.studies.tangents import normalised_bias, tangents
@@ -259,6 +260,7 @@ def test_every_study_explains_its_columns_in_their_order(network):
     'gradient_noise': gradient_noise(about, num_batches=2),
     'jvp_precision': jvp_precision(about, **few),
     'discrete_limit': discrete_limit(about, num_scales=(4, 8), **few),
+    'likelihood': likelihood(about, num_steps=(2, 4), **few),
   }
   written = {
     name

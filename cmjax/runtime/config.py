@@ -13,64 +13,24 @@ from cmjax.configs import parts
 from cmjax.core import UserError
 from cmjax.runtime import build
 from cmjax.runtime.errors import user_errors
+from cmjax.runtime.records import (
+  MAX_STEPS,
+  MAY_CHANGE,
+  Bounds,
+  Count,
+  Evaluation,
+  Every,
+  MayChange,
+  OneOf,
+  OptionalPart,
+  Part,
+  Parts,
+  Search,
+  Seed,
+  StepsOrNever,
+)
 
 REQUIRED = parts.REQUIRED  # the value of a key that must be given
-MAX_STEPS = 2**31 - 1  # a step is an int32
-
-# The record --------------------------------------------------------------------------
-
-
-class Bounds(NamedTuple):
-  """The least and the greatest value of a number."""
-
-  low: float
-  high: float
-
-
-class MayChange(NamedTuple):
-  """Marks a key that may change when a run resumes; of a part, only some keys may."""
-
-  keys: tuple[str, ...] = ()  # empty: all
-
-
-MAY_CHANGE = MayChange()
-
-
-class OneOf(NamedTuple):
-  """The texts that a key may have."""
-
-  choices: tuple[str, ...]
-
-
-Count = Annotated[int, Bounds(1, 2**24)]
-Seed = Annotated[int, Bounds(0, 2**32 - 1)]  # jax drops higher bits
-Steps = Annotated[int, Bounds(1, MAX_STEPS)]
-StepsOrNever = Annotated[int, Bounds(0, MAX_STEPS)]
-Part = Annotated[ConfigDict, 'part']  # a dict with `fn`
-OptionalPart = Annotated[ConfigDict, 'optional part']  # may be empty
-Parts = Annotated[ConfigDict, 'parts']  # a dict of parts, named by the user
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Evaluation:
-  """The samples that metrics measure, and those that pictures show."""
-
-  num_samples: Annotated[int, Bounds(2, 2**24)]
-  batch_size: Count
-  seed: Seed
-  num_seeds: Annotated[int, Bounds(1, 1000)]
-  labels: Annotated[str, OneOf(('data', 'balanced'))]
-  num_pictured: Annotated[int, Bounds(1, 2**16)]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Every:
-  """Intervals, in steps, of what a run does besides training; 0: never."""
-
-  log_steps: Steps
-  picture_steps: StepsOrNever
-  evaluate_steps: StepsOrNever
-  checkpoint_steps: Steps
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -104,6 +64,7 @@ class Config:
   metrics: Annotated[Parts, MAY_CHANGE]
   studies: Annotated[Parts, MAY_CHANGE]
   evaluation: Annotated[Evaluation, MAY_CHANGE]
+  search: Annotated[Search, MAY_CHANGE]
   every: Annotated[Every, MAY_CHANGE]
   keep_checkpoints: Annotated[Count, MAY_CHANGE]
 
@@ -120,7 +81,7 @@ class Config:
     for name, value in values.items():
       if isinstance(value, ConfigDict):
         values[name] = value.to_dict()
-      elif isinstance(value, Evaluation | Every):
+      elif dataclasses.is_dataclass(value):
         values[name] = dataclasses.asdict(value)
     return values
 
@@ -132,7 +93,7 @@ class Config:
 class Key(NamedTuple):
   """What `Config` declares about one of its keys."""
 
-  kind: type  # int, float, str, ConfigDict, or a record
+  kind: type  # bool, int, float, str, ConfigDict, or a record
   form: str  # of a ConfigDict: 'part', 'optional part' or 'parts'
   bounds: Bounds | None
   one_of: OneOf | None
@@ -141,7 +102,7 @@ class Key(NamedTuple):
 
 @functools.cache
 def keys_of(record: type) -> dict[str, Key]:
-  """The keys of `Config`, `Evaluation` or `Every`, by name."""
+  """The keys of `Config` or of a record within it, by name."""
   keys = {}
   for name, hint in typing.get_type_hints(record, include_extras=True).items():
     kind, *marks = typing.get_args(hint) or (hint,)
@@ -193,7 +154,7 @@ def checked(
   return record
 
 
-Record = TypeVar('Record', Config, Evaluation, Every)
+Record = TypeVar('Record', Config, Evaluation, Search, Every)
 
 
 def _record(
@@ -209,7 +170,7 @@ def _record(
     if name not in config:
       raise UserError(f'{path}: missing; configs/parts.py:base() holds every key')
     value: Any = config[name]
-    if key.kind in (int, float, str):
+    if key.kind in (bool, int, float, str):
       build.check_value(value, key.kind, path)
       if key.bounds:
         _check_bounds(value, key.bounds, path)

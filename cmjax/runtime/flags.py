@@ -12,6 +12,7 @@ MODES = {  # one line each, for --help
   'train': 'train, or continue the run in --workdir',
   'sample': 'draw samples with every sampler, as pictures and .npz files',
   'evaluate': 'draw samples and compute every metric, as a table',
+  'search': 'find the noise levels, or a number, of a sampler that measure best',
   'study': 'measure the weights at each sigma, as tables and plots',
   'bench': 'time the training step, its parts and its data',
   'port': 'write weights as a checkpoint or a safetensors file',

@@ -1,0 +1,183 @@
+"""`--mode=search`: the noise levels, or a number, of a sampler that measure best."""
+
+import argparse
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from cmjax import evaluation
+from cmjax.core import UserError, unused
+from cmjax.runtime import build, logs
+from cmjax.runtime.config import ConfigDict
+from cmjax.runtime.reopen import (
+  SEARCHED,
+  Opened,
+  beside,
+  facts,
+  for_sampling,
+  reopen_for,
+)
+from cmjax.samplers import Sampler
+from cmjax.search import golden_section, greedy_times
+
+WIDTH = 'sample_relative_std'  # of a post-hoc EMA: the one key of no sampler
+SIGMA_MIN = 0.002  # of all configs and released checkpoints
+
+
+class Found(NamedTuple):
+  """The best value of a key, and all that was tried."""
+
+  name: str  # under which it is stored
+  best: Any  # of the key
+  value: float  # of the metric
+  curve: list[tuple[float, float]]  # (last sigma, or number; metric)
+
+
+def run(flags: argparse.Namespace) -> None:
+  """Searches, and stores each result with its whole curve beside the weights."""
+
+  def weights(*overrides: tuple[str, str]) -> Opened:
+    every = (*flags.overrides, *overrides)
+    return for_sampling(reopen_for(flags.workdir, flags.config, every, flags.trust))
+
+  trials = Trials(weights(), weights)
+  found = _search(trials)
+  folder, rows = beside(trials.opened) / SEARCHED, []
+  for name, best, value, curve in found:
+    path = unused(folder / name, '.json')
+    axis = trials.key.rpartition('.')[2].replace('sigmas', 'last sigma')
+    points = [{axis: x, trials.metric: y} for x, y in curve]
+    result = {'key': trials.key, 'best': best, trials.metric: value, 'curve': points}
+    sampler = trials.part(best).to_dict()
+    logs.write_json(path, facts(trials.opened, sampler=sampler, searched=result))
+    logs.write_png(path.with_suffix('.png'), logs.curves(points, axis, [trials.metric]))
+    path.with_suffix('.md').write_text(logs.markdown_table(points), encoding='utf-8')
+    rows.append({'name': path.stem, trials.key: shown(best), trials.metric: value})
+  logs.say(f'\n{logs.markdown_table(rows)}\n\n{folder}: each with .json, .md and .png')
+  if trials.key == WIDTH:
+    logs.say(f'use it as --config.{WIDTH}={found[-1].best:.4g}')
+  else:
+    names = ','.join(row['name'] for row in rows)
+    logs.say(f'use them as --mode=sample or evaluate --samplers={names}')
+
+
+class Trials:
+  """Measures a sampler with one key set to the values that a search tries."""
+
+  def __init__(self, opened: Opened, weights: Callable[..., Opened]):
+    """`weights` opens the same weights with further overrides of the config.
+
+    Raises: UserError if the config has no such sampler, key or metric, or the samples
+      would be those of an evaluation.
+    """
+    settings, evaluated = opened.config.search, opened.config.evaluation
+    if 0 <= settings.seed - evaluated.seed < evaluated.num_seeds:
+      raise UserError(
+        f'config.search.seed: {settings.seed} is also a seed of config.evaluation; a '
+        'search needs other samples'
+      )
+    self.opened, self._weights = opened, weights
+    self.key, self.metric = settings.key, settings.metric
+    self.name, self.first = _sampler_with(self.key, opened)
+    self._metrics = evaluation.build_metrics(opened, 'search')
+    if not self._metrics:
+      raise UserError('config.metrics: a search needs at least one')
+    self._features = evaluation.data_features(opened, self._metrics)
+    self._count = 0
+
+  def part(self, value: Any) -> ConfigDict:
+    """The part of the sampler with its key set."""
+    part: Any = ConfigDict(self.opened.config.samplers[self.name].to_dict())
+    if self.key != WIDTH:
+      *parents, last = self.key.split('.')
+      _inner(part, parents)[last] = value
+    return part
+
+  def __call__(self, value: Any) -> float:
+    """The metric for one value of the key, negative if it is to be maximised.
+
+    Raises: UserError if no metric has the name that is searched for.
+    """
+    settings, opened = self.opened.config.search, self.opened
+    if self.key == WIDTH:
+      opened = self._weights((WIDTH, repr(value)))
+    where = f'config.samplers.{self.name}'
+    values = evaluation.measure(
+      opened,
+      opened.params,
+      build.build(self.part(value), where, Sampler),
+      self._metrics,
+      self._features,
+      seed=settings.seed,
+      num_samples=settings.num_samples,
+    ).values
+    self.metric = self.metric or next(iter(values))
+    if self.metric not in values:
+      known = ', '.join(values)
+      raise UserError(f'config.search.metric: no {self.metric!r}; known: {known}')
+    self._count += 1
+    measured = values[self.metric]
+    logs.say(f'{self._count}. {self.key} {shown(value)}: {self.metric} {measured:.4g}')
+    return -measured if settings.maximise else measured
+
+
+def _search(trials: Trials) -> list[Found]:
+  """For noise levels one result per number of steps, otherwise a single one."""
+  settings = trials.opened.config.search
+  low, high, most = settings.low, settings.high, settings.max_evaluations
+  sign = -1 if settings.maximise else 1
+  if trials.key.rpartition('.')[2] == 'sigmas':
+    first = float(trials.first[0])
+    times = greedy_times(
+      trials,
+      settings.num_steps,
+      high or first,
+      low or SIGMA_MIN,
+      max_evaluations=most,
+    )
+    every = [Found(f'best_{len(t.sigmas)}', *t) for t in times]
+  else:
+    if low >= high:
+      raise UserError(
+        f'config.search.low, high: give the range of {trials.key}, got {low:g}, {high:g}'
+      )
+    log = low > 0 and high / low > 10  # the tolerance is then relative
+    tolerance = 0.02 if log else (high - low) / 100
+    result = golden_section(
+      trials, low, high, tolerance=tolerance, max_evaluations=most, log=log
+    )
+    every = [Found(f'best_{trials.key.replace(".", "_")}', *result)]
+  return [
+    Found(name, best, sign * value, [(x, sign * y) for x, y in curve])
+    for name, best, value, curve in every
+  ]
+
+
+def _sampler_with(key: str, opened: Opened) -> tuple[str, Any]:
+  """The name of the sampler that has the key, and the value of its key."""
+  config, chosen = opened.config, opened.config.search.sampler
+  names = [name for name in config.samplers if chosen in ('', name)]
+  *parents, last = key.split('.')
+  for name in names:
+    inner = _inner(config.samplers[name], parents)
+    if key == WIDTH or last in inner:
+      return name, inner.get(last) if key != WIDTH else None
+  what = (
+    f'no sampler {chosen!r}' if not names else f'{", ".join(names)}: no key {key!r}'
+  )
+  raise UserError(
+    f'config.search: {what}; give one, such as '
+    '--config.samplers.few.fn=cmjax.samplers:multistep --config.samplers.few.sigmas=(80,)'
+  )
+
+
+def _inner(part: Any, parents: list[str]) -> Any:
+  for parent in parents:
+    part = part[parent] if parent in part else ConfigDict()
+  return part
+
+
+def shown(value: Any) -> str:
+  """A number, or several, to four digits."""
+  if isinstance(value, tuple):
+    return f'({", ".join(map(shown, value))})'
+  return f'{value:.4g}'
