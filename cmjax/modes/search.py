@@ -86,7 +86,8 @@ class Trials:
 
   def part(self, value: Any) -> ConfigDict:
     """The part of the sampler with its key set."""
-    part: Any = ConfigDict(self.opened.config.samplers[self.name].to_dict())
+    samplers: Any = self.opened.config.samplers
+    part: Any = ConfigDict(samplers[self.name].to_dict())
     if self.key != WIDTH:
       *parents, last = self.key.split('.')
       _inner(part, parents)[last] = value
@@ -134,11 +135,12 @@ def _search(trials: Trials) -> list[Found]:
       low or SIGMA_MIN,
       max_evaluations=most,
     )
-    every = [Found(f'best_{len(t.sigmas)}', *t) for t in times]
+    every = [Found(f'best_{len(t.sigmas)}', *t) for t in times[1:]]
   else:
     if low >= high:
       raise UserError(
-        f'config.search.low, high: give the range of {trials.key}, got {low:g}, {high:g}'
+        f'config.search: low and high must be the range of {trials.key}, got {low:g} '
+        f'and {high:g}'
       )
     log = low > 0 and high / low > 10  # the tolerance is then relative
     tolerance = 0.02 if log else (high - low) / 100
@@ -154,20 +156,16 @@ def _search(trials: Trials) -> list[Found]:
 
 def _sampler_with(key: str, opened: Opened) -> tuple[str, Any]:
   """The name of the sampler that has the key, and the value of its key."""
-  config, chosen = opened.config, opened.config.search.sampler
-  names = [name for name in config.samplers if chosen in ('', name)]
+  samplers: Any = opened.config.samplers
+  chosen = opened.config.search.sampler
+  names = [name for name in samplers if chosen in ('', name)]
   *parents, last = key.split('.')
   for name in names:
-    inner = _inner(config.samplers[name], parents)
+    inner = _inner(samplers[name], parents)
     if key == WIDTH or last in inner:
       return name, inner.get(last) if key != WIDTH else None
-  what = (
-    f'no sampler {chosen!r}' if not names else f'{", ".join(names)}: no key {key!r}'
-  )
-  raise UserError(
-    f'config.search: {what}; give one, such as '
-    '--config.samplers.few.fn=cmjax.samplers:multistep --config.samplers.few.sigmas=(80,)'
-  )
+  what = f'{", ".join(names)}: no key {key!r}' if names else f'no sampler {chosen!r}'
+  raise UserError(f'config.search: {what}; add one to config.samplers')
 
 
 def _inner(part: Any, parents: list[str]) -> Any:

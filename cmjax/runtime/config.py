@@ -81,7 +81,7 @@ class Config:
     for name, value in values.items():
       if isinstance(value, ConfigDict):
         values[name] = value.to_dict()
-      elif dataclasses.is_dataclass(value):
+      elif isinstance(value, Evaluation | Search | Every):
         values[name] = dataclasses.asdict(value)
     return values
 

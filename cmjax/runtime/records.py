@@ -61,7 +61,7 @@ class Search:
   maximise: bool
   low: float
   high: float
-  num_steps: Annotated[int, Bounds(1, 100)]
+  num_steps: Annotated[int, Bounds(2, 100)]
   max_evaluations: Annotated[int, Bounds(3, 1000)]
   num_samples: Annotated[int, Bounds(2, 2**24)]
   seed: Seed
