@@ -118,10 +118,15 @@ def evaluations(subject: Subject, params: Params, sampler: Sampler) -> int:
 def _compiled(
   f: Model, sampler: Sampler, shape: tuple[int, ...], mesh: jax.sharding.Mesh
 ) -> Callable[..., Array]:
-  logs.say('compiling a sampler ...')
+  _say_once('compiling a sampler ...')
 
   def sample_batch(params, root, index, cond):
     keys = jax.vmap(lambda i: jax.random.fold_in(root, i))(index)
     return sampler(f, params, keys, cond, shape).x
 
   return jax.jit(sample_batch, out_shardings=sharding.by_example(mesh))
+
+
+@functools.cache
+def _say_once(line: str) -> None:  # a search compiles dozens
+  logs.say(line)

@@ -235,9 +235,16 @@ def differences(old: ConfigDict | Config, new: ConfigDict | Config) -> dict[str,
   }
 
 
-def completed(config: ConfigDict) -> ConfigDict:
-  """The config, with defaults for the keys that are missing."""
+def completed(config: ConfigDict, *, with_parts: bool = True) -> ConfigDict:
+  """The config, with defaults for the keys that are missing.
+
+  Without `with_parts`, only for numbers, texts and records: parts stay missing.
+  """
   whole, keys = parts.base(), keys_of(Config)
+  if not with_parts:
+    for name, key in keys.items():
+      if key.kind is ConfigDict:
+        del whole[name]
   with whole.ignore_type():
     for name, value in config.items():
       default = whole.get(name)

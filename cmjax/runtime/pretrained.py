@@ -14,7 +14,7 @@ import numpy as np
 from cmjax.core import LOG_WEIGHT, Model, Network, Params, UserError
 from cmjax.port import names, read, released, write
 from cmjax.runtime import build, checkpoint, sharding
-from cmjax.runtime.config import ConfigDict
+from cmjax.runtime.config import ConfigDict, completed
 from cmjax.runtime.config_json import from_json, to_json
 from cmjax.runtime.overrides import override
 
@@ -122,7 +122,7 @@ def load(
   path, mesh = checkpoint.local(path), mesh or sharding.data_mesh()
 
   def model(stored):
-    merged = _with_model(config, stored)
+    merged = completed(_with_model(config, stored), with_parts=False)
     for key, text in overrides:
       override(merged, key, text)
     return merged, *build.build_model(merged)
@@ -180,7 +180,7 @@ def _sampling(precond: str) -> dict[str, Any]:
   usual = dict(one_step=one_step, two_steps=two_steps)
   return dict(
     samplers=samplers.get(precond.partition(':')[2], usual),
-    evaluation=dict(num_samples=10_000, batch_size=64, seed=1, num_pictured=64),
+    evaluation=dict(batch_size=64, num_pictured=64),
   )
 
 
