@@ -24,7 +24,9 @@ echo
 for model in teacher student; do
   awk -v model="$model" '/^[|]/ {
     print "|", (++row == 1 ? "model" : row == 2 ? "---" : model), $0
-  }' "$(ls -t "$out/$model"/evaluation_*.md | head -n 1)"
+    next
+  }
+  row { exit }  # only the first table, of all seeds' "$(ls -t "$out/$model"/evaluation_*.md | head -n 1)"
 done | awk '!seen[$0]++'
 echo
 for model in teacher student; do

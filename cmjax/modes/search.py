@@ -44,7 +44,7 @@ def run(flags: argparse.Namespace) -> None:
   folder, rows = beside(trials.opened) / SEARCHED, []
   for name, best, value, curve in found:
     path = unused(folder / name, '.json')
-    axis = trials.key.rpartition('.')[2].replace('sigmas', 'last sigma')
+    axis = trials.key.rpartition('.')[2].replace('sigmas', 'last_sigma')
     points = [{axis: x, trials.metric: y} for x, y in curve]
     result = {'key': trials.key, 'best': best, trials.metric: value, 'curve': points}
     sampler = trials.part(best).to_dict()

@@ -147,7 +147,8 @@ def _with_samplers(opened: Opened, names: str) -> Opened:
       raise UserError(f'--samplers: no sampler {name!r}; known: {known}')
   config = opened.config.replace(samplers=ConfigDict(parts).to_dict())
   samplers = build_each(ConfigDict(parts), '--samplers', Sampler)
-  return opened._replace(config=config, samplers=samplers)
+  in_order = {name: samplers[name] for name in parts}
+  return opened._replace(config=config, samplers=in_order)
 
 
 def beside(opened: Opened) -> Path:
