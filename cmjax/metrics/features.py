@@ -57,7 +57,7 @@ def distances(
     measures: some of `MEASURES`.
     quantisation: of samples x in [-1, 1] to images in [0, 255]. 'round': rint(127.5 x +
       127.5); 'edm': floor(127.5 x + 128); 'truncate': floor(127.5 (x + 1)), as OpenAI;
-      'float': none. All are clipped. Data that was uint8 is restored by the first three.
+      'float': none. All are clipped. The first three restore data that was uint8.
     covariance: 'unbiased' (over N - 1) or 'biased' (over N).
     reference: statistics of the data from a file, for `frechet` and `spatial_frechet`;
       if it has images, they replace the data in all other measures.
