@@ -69,7 +69,7 @@ def density_coverage(
     inside = distances <= radii[None]
     contained += np.count_nonzero(inside)
     covered |= np.any(inside, axis=0)
-  density = contained / (num_neighbours * len(samples))
+  density = float(contained) / (num_neighbours * len(samples))
   return DensityCoverage(density, float(covered.mean()))
 
 

@@ -80,7 +80,11 @@ def _fit(
 ) -> Params:
   num_steps, batch_size, learning_rate, seed = settings
   tx = optax.adam(optax.cosine_decay_schedule(learning_rate, num_steps))
-  params = network.init(jax.random.key(seed), source.shape, source.classes)
+
+  @jax.jit
+  def init():
+    params = network.init(jax.random.key(seed), source.shape, source.classes)
+    return params, tx.init(params)
 
   def loss(params: Params, images: Array, labels: Array) -> Array:
     logits = network.classifier(params, images)['logits']
@@ -95,7 +99,7 @@ def _fit(
 
   # Steps are separate calls: in a compiled loop, gradients of convolutions are slow on
   # CPUs.
-  state = tx.init(params)
+  params, state = init()
   for i in range(num_steps):
     batch = batch_at(source, seed, i, batch_size)
     params, state = step(params, state, batch.x0, batch.cond)
