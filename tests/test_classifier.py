@@ -42,7 +42,6 @@ def test_classifier_learns_digits_that_it_was_not_fitted_to():
   images = quantised(as_x0(source, source.examples[1400:]), found.limits, 'round')
   outputs = jax.jit(found.apply)(found.params, images)
   assert outputs['pool'].shape == (397, network.NUM_FEATURES)
-  print('ACC', np.mean(np.argmax(outputs['logits'], axis=1) == source.labels[1400:]))
   accuracy = np.mean(np.argmax(outputs['logits'], axis=1) == source.labels[1400:])
   assert accuracy > 0.8  # measured 0.90; chance is 0.1
   assert found.name == 'classifier'

@@ -45,13 +45,13 @@ def value_name(network: str, value: str) -> str:
 def quantised(x: Array, limits: tuple[float, float], rule: str) -> Array:
   """x f32[B, ...] in `limits` -> f32[B, ...] in [0, 255], by a rule of QUANTISATION."""
   low, high = limits
-  images = (x - low) * (255 / (high - low))
+  scale = 255 / (high - low)
+  # The margin of 'truncate' keeps float32 rounding, below 5e-5 at 255, from truncating
+  # the integers of data that was uint8 to the next lower ones.
+  margin = {'round': 0.0, 'edm': 0.5, 'truncate': 1e-4, 'float': 0.0}[rule]
+  images = x * scale + (margin - low * scale)
   if rule == 'round':
     images = jnp.rint(images)
-  elif rule == 'edm':
-    images = jnp.floor(images + 0.5)
-  elif rule == 'truncate':
-    # Without the margin, float32 rounding would truncate integers of data to the next
-    # lower one. Its own error is below 5e-5 at 255.
-    images = jnp.floor(images + 1e-4)
+  elif rule != 'float':
+    images = jnp.floor(images)
   return jnp.clip(images, 0.0, 255.0)

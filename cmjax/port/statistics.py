@@ -81,7 +81,7 @@ def _opened(file: Path):
       yield archive
 
 
-def _read_npz(file: Path) -> dict[str, np.ndarray]:
+def _read_npz(file: Path) -> dict[str, np.ndarray | None]:
   """The arrays that are used, and None for any other."""
   try:
     with _opened(file) as archive:
@@ -89,7 +89,7 @@ def _read_npz(file: Path) -> dict[str, np.ndarray]:
       if len(members) < len(archive.infolist()) or len(members) > MAX_MEMBERS:
         raise ValueError('too many arrays, or two with the same name')
       return {
-        name: _read_member(archive, member, name) if name in _READ else None
+        name: _read_member(archive, member, file) if name in _READ else None
         for name, member in members.items()
       }
   except UserError:
@@ -99,26 +99,30 @@ def _read_npz(file: Path) -> dict[str, np.ndarray]:
 
 
 def _read_member(
-  archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str
+  archive: zipfile.ZipFile, member: zipfile.ZipInfo, file: Path
 ) -> np.ndarray:
   """An array, whose header is checked before memory is allocated for it."""
+  name = member.filename.removesuffix('.npy')
   with archive.open(member) as stream:
-    version = np.lib.format.read_magic(stream)
     headers = {
       (1, 0): np.lib.format.read_array_header_1_0,
       (2, 0): np.lib.format.read_array_header_2_0,
     }
+    version = np.lib.format.read_magic(stream)
+    if version not in headers:
+      raise ValueError(f'{name} has version {version[0]} of the format')
     shape, _, dtype = headers[version](stream)
     if dtype.kind not in 'fiu':
       raise ValueError(f'{name} is not an array of numbers')
-    if name != _IMAGES and (len(shape) > 2 or max(shape, default=0) > MAX_FEATURES):
+    most_axes = 4 if name == _IMAGES else 2
+    if len(shape) > most_axes or min(shape, default=0) < 0:
       raise ValueError(f'{name} has the shape {short_repr(shape)}')
     size = math.prod(shape) * dtype.itemsize
     # Deflated statistics of real data are at most a few times smaller.
     packed = member.file_size if not member.compress_type else 50 * member.compress_size
     if size > min(member.file_size, packed):
       raise ValueError(f'{name} is larger than its part of the file')
-    check_memory(2 * size, f'{name} of the file')
+    check_memory(2 * size, f'{file}: the numbers of {name}')
   with archive.open(member) as stream:
     return np.lib.format.read_array(stream, allow_pickle=False)
 

@@ -47,18 +47,18 @@ def classifier(
   checks.whole(0, 2**32 - 1, seed=seed)
   if source.labels is None:
     raise ValueError('classifier: needs labels; use conditional data')
-  shape = source.shape
-  if len(shape) != 3 or min(shape[:2]) < network.MIN_SIZE:
+  least = network.MIN_SIZE
+  if len(source.shape) != 3 or min(source.shape[:2]) < least:
     raise ValueError(
-      f'classifier: needs images of at least {network.MIN_SIZE} x {network.MIN_SIZE}, '
-      f'got examples {shape}'
+      f'classifier: needs images of at least {least} x {least}, got examples '
+      f'{source.shape}'
     )
   low, high = ((v - source.offset) * source.scale for v in (source.low, source.high))
   if not (np.isfinite(low) and np.isfinite(high)):
     raise ValueError('classifier: needs data in a bounded range')
   size = min(batch_size, len(source.examples))
   settings = (num_steps, size, learning_rate, seed)
-  like = jax.eval_shape(lambda: network.init(jax.random.key(0), shape, source.classes))
+  like = jax.eval_shape(lambda: _init(source, seed))
   path = _folder() / f'{_identity(source, settings)}.npz'
   params = _cached(path, like)
   if params is None:
@@ -69,10 +69,19 @@ def classifier(
     'classifier',
     params,
     network.classifier,
-    shape,
+    _shape(source),
     limits=(low, high),
     conventions={'weights': f'fitted to {source.name}'},
   )
+
+
+def _shape(source: Source) -> tuple[int, int, int]:
+  height, width, channels = source.shape
+  return height, width, channels
+
+
+def _init(source: Source, seed: int) -> Params:
+  return network.init(jax.random.key(seed), _shape(source), source.classes)
 
 
 def _fit(
@@ -83,7 +92,7 @@ def _fit(
 
   @jax.jit
   def init():
-    params = network.init(jax.random.key(seed), source.shape, source.classes)
+    params = _init(source, seed)
     return params, tx.init(params)
 
   def loss(params: Params, images: Array, labels: Array) -> Array:
