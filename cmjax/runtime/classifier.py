@@ -1,6 +1,5 @@
 """A classifier fitted to the labels of the data, as a feature network; cached."""
 
-import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,12 @@ import optax
 
 from cmjax import checks
 from cmjax.core import Array, Params
-from cmjax.data.source import Source, batch_at
+from cmjax.data.source import Source, batch_at, bounds
 from cmjax.metrics.feature_network import FeatureNetwork
 from cmjax.networks import classifier as network
 from cmjax.runtime import logs
+from cmjax.runtime.feature_store import cache_folder, digest
 
-CACHE_VARIABLE = 'CMJAX_CACHE_DIR'
 _VERSION = '1'  # of the network and of the code below; another one fits again
 
 
@@ -53,13 +52,14 @@ def classifier(
       f'classifier: needs images of at least {least} x {least}, got examples '
       f'{source.shape}'
     )
-  low, high = ((v - source.offset) * source.scale for v in (source.low, source.high))
+  low, high = bounds(source)
   if not (np.isfinite(low) and np.isfinite(high)):
     raise ValueError('classifier: needs data in a bounded range')
   size = min(batch_size, len(source.examples))
   settings = (num_steps, size, learning_rate, seed)
   like = jax.eval_shape(lambda: _init(source, seed))
-  path = _folder() / f'{_identity(source, settings)}.npz'
+  folder = cache_folder().parent / 'classifiers'
+  path = folder / f'{_identity(source, settings)}.npz'
   params = _cached(path, like)
   if params is None:
     logs.say(f'fitting a classifier to {source.name} ...')
@@ -115,21 +115,11 @@ def _fit(
   return jax.tree.map(np.asarray, params)
 
 
-def _folder() -> Path:
-  root = os.environ.get(CACHE_VARIABLE) or Path.home() / '.cache' / 'cmjax'
-  return Path(root) / 'classifiers'
-
-
 def _identity(source: Source, settings: tuple) -> str:
   """A hash of all that the parameters depend on."""
-  digest = hashlib.sha256()
-  labels = np.asarray(source.labels)
-  bounds = (source.low, source.high, source.offset, source.scale, source.flip)
-  facts = (_VERSION, settings, bounds, source.classes, source.examples.dtype)
-  digest.update(repr((*facts, source.examples.shape, labels.dtype)).encode())
-  for array in (source.examples, labels):
-    digest.update(memoryview(np.ascontiguousarray(array)).cast('B'))
-  return digest.hexdigest()[:32]
+  facts = (_VERSION, settings, *bounds(source), source.scale, source.flip)
+  facts += (source.classes, source.shape)
+  return digest(repr(facts), source.examples, source.labels)
 
 
 def _cached(path: Path, like: Params) -> Params | None:
