@@ -1,9 +1,12 @@
 """The Frechet distance against closed forms."""
 
+import functools
+
 import numpy as np
 import pytest
 from scipy import linalg
 
+from cmjax.metrics import frechet
 from cmjax.metrics.frechet import frechet_distance
 
 
@@ -96,3 +99,61 @@ def test_distance_of_features_that_are_not_finite_is_nan():
   a, b = features(10, 3), features(10, 3, seed=1)
   b[2, 1] = np.nan
   assert np.isnan(frechet_distance(a, b))
+
+
+# Moments --------------------------------------------------------------------------
+
+
+def streamed(x, sizes):
+  parts = np.split(x, np.cumsum(sizes)[:-1])
+  return functools.reduce(frechet.merge, map(frechet.moments, parts))
+
+
+def test_merged_moments_are_those_of_all_features():
+  x = features(60, 5)
+  for sizes in ((60,), (1, 59), (20, 0, 40), (0, 13, 47)):
+    total = streamed(x, sizes)
+    assert total.count == 60
+    np.testing.assert_allclose(total.mean, x.mean(0), rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(total.covariance(), np.cov(x.T), rtol=1e-11, atol=1e-12)
+
+
+def test_merging_is_associative_and_the_empty_set_is_neutral():
+  a, b, c = (frechet.moments(features(n, 3, seed=n)) for n in (5, 7, 9))
+  left = frechet.merge(frechet.merge(a, b), c)
+  right = frechet.merge(a, frechet.merge(b, c))
+  for one, other in zip(left, right):
+    np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-13)  # float64
+  empty = frechet.moments(np.zeros((0, 3)))
+  assert frechet.merge(empty, a) is a
+  assert frechet.merge(a, empty) is a
+
+
+def test_moments_keep_the_digits_of_small_deviations_from_a_large_mean():
+  x = np.random.default_rng(0).normal(size=(4000, 2)) + 1e7
+  total = streamed(x, (1000,) * 4)
+  # The spacing of float64 at 1e7 is 2e-9. Sums of x^2 about 0 would be off by 1e-2.
+  np.testing.assert_allclose(total.covariance(), np.cov(x.T - 1e7), atol=1e-7)
+
+
+def test_covariance_rules_divide_by_n_less_one_or_by_n():
+  two = frechet.moments(np.array([[0.0], [2.0]]))
+  assert two.covariance('unbiased') == 2.0
+  assert two.covariance('biased') == 1.0
+  with pytest.raises(ValueError, match='rule must be one of unbiased, biased'):
+    two.covariance('n')
+  with pytest.raises(ValueError, match='1 features'):
+    frechet.moments(np.zeros((1, 2))).covariance()
+
+
+def test_biased_covariances_give_another_distance():
+  a, b = (with_moments(0.0, np.array([std, 1.0])) for std in (1.0, 2.0))
+  assert frechet_distance(a, b) == pytest.approx(1.0, rel=1e-12)
+  biased = frechet_distance(a, b, covariance='biased')
+  assert biased == pytest.approx(1.0 * 49 / 50, rel=1e-12)
+
+
+def test_distance_of_moments_that_are_not_finite_is_nan():
+  good, bad = np.zeros(2), np.array([0.0, np.inf])
+  assert np.isnan(frechet.frechet(good, np.eye(2), bad, np.eye(2)))
+  assert np.isnan(frechet.frechet(good, np.eye(2), good, np.diag(bad)))

@@ -40,7 +40,7 @@ DOORS = {
   'sklearn': ['data.digits', 'metrics.pixels'],
   'optax': [
     *('optimizers', 'studies.*', 'train', 'modes.bench'),
-    *('runtime.functions', 'runtime.run'),
+    *('runtime.functions', 'runtime.run', 'runtime.classifier'),
   ],
   'msgpack': ['port.*'],
   'safetensors': ['port.*'],
@@ -58,7 +58,8 @@ BANNED = {
   r'PartitionSpec|axis_names': ['runtime.sharding'],
   r'config\.get\(': [],
   r'jax\.jit': [
-    *('train', 'sampling', 'evaluation', 'modes.*', 'studies.*', 'runtime.state')
+    *('train', 'sampling', 'evaluation', 'modes.*', 'studies.*', 'runtime.state'),
+    'runtime.classifier',
   ],
   r'\bprint\(': ['runtime.logs', 'runtime.errors', 'modes.configs'],
   r'\b(run as runs|config as configs|workdir as workdirs|process as processes)\b': [],

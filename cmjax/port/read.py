@@ -29,7 +29,7 @@ class File(NamedTuple):
   metadata: dict[str, str]  # of safetensors
 
 
-def _check_directory(file: Any, size: int) -> None:
+def check_directory(file: Any, size: int) -> None:
   """Raises ValueError if a zip has so many members that listing them is expensive."""
   file.seek(max(0, size - 2**16 - 98))
   tail = file.read(2**16 + 98)
@@ -44,7 +44,7 @@ def _check_directory(file: Any, size: int) -> None:
 def read_zip(file: Any) -> Any:
   """torch's format: a zip of a pickle and the bytes of each storage."""
   size = file.seek(0, io.SEEK_END)
-  _check_directory(file, size)
+  check_directory(file, size)
   with zipfile.ZipFile(file) as archive:
     members = {member.filename: member for member in archive.infolist()}
     if len(members) < len(archive.infolist()):

@@ -8,7 +8,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from cmjax.core import Params, Perceptual, UserError, first_line
+from cmjax import checks
+from cmjax.core import Array, Params, Perceptual, UserError, first_line
+from cmjax.metrics.feature_network import INCEPTION, FeatureNetwork
 from cmjax.networks import inception, lpips
 from cmjax.port import names, read
 
@@ -102,6 +104,29 @@ def load_inception(path: str) -> Params:
   Raises: UserError if a file is missing, damaged, or holds another network.
   """
   return inception_params(_load(path, INCEPTION_FILE))
+
+
+def inception_features(*, path: str, resize: str = 'half_pixel') -> FeatureNetwork:
+  """The Inception network of 2015-12-05 from pytorch-fid's file, for metrics.
+
+  Pool f32[B, 2048] for FID, spatial f32[B, 17, 17, 7] for sFID, logits f32[B, 1008]
+  without the bias for the Inception Score. `resize` is the alignment of pixels:
+  'half_pixel' as pytorch-fid, 'tensorflow1' as the graph itself, torch-fidelity, EDM
+  and OpenAI. Their numbers are not comparable.
+
+  Raises: UserError if the file is missing, damaged, or holds another network;
+    ValueError if `resize` is unknown.
+  """
+  checks.choice(inception.RESIZE, resize=resize)
+
+  def apply(params: Params, images: Array) -> dict[str, Array]:
+    return inception.inception(params, images, resize=resize)._asdict()
+
+  conventions = {'weights': Path(path).name, 'resize': resize}
+  size = (299, 299, 3)
+  return FeatureNetwork(
+    INCEPTION, load_inception(path), apply, size, conventions=conventions
+  )
 
 
 def _load(path: str, name: str) -> Tensors:
