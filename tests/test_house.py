@@ -28,7 +28,7 @@ FLOORS = {
 # Which module may import which library; jax, numpy and the standard library are free.
 DOORS = {
   'flax': ['networks.*'],
-  'ml_collections': ['runtime.config', 'runtime.build'],
+  'ml_collections': ['runtime.config', 'runtime.records', 'runtime.build'],
   'tensorflow_datasets': ['data.tfds'],
   'orbax': ['runtime.checkpoint', 'runtime.storage'],
   'xxhash': ['runtime.checksums'],
