@@ -49,7 +49,7 @@ def classifier_free(
   sampler: Sampler,
   guidance: float,
   sigma_low: float = 0.0,
-  sigma_high: float = 80.0,
+  sigma_high: float = 1e30,
 ) -> Sampler:
   """Classifier-free guidance where sigma_low < sigma <= sigma_high.
 
@@ -80,7 +80,7 @@ def autoguidance(
   sampler: Sampler,
   guidance: float,
   sigma_low: float = 0.0,
-  sigma_high: float = 80.0,
+  sigma_high: float = 1e30,
 ) -> Sampler:
   """Guidance by a worse version of the model where sigma_low < sigma <= sigma_high.
 
@@ -96,7 +96,10 @@ def autoguidance(
 
   def pair(f: Model, params: Params, cond: Array | None) -> tuple[Denoiser, Denoiser]:
     if not isinstance(f, WithGuide):
-      raise ValueError('autoguidance needs a worse version of the model, a guide')
+      raise ValueError(
+        'autoguidance needs a model with a guide, a worse version of it; only weights '
+        'that are opened for sampling can have one, not those of a run in training'
+      )
     return (
       lambda x, sigma: f(params, x, sigma, cond, key=None),
       lambda x, sigma: f.guide(params.guide, x, sigma, cond, key=None),
@@ -117,8 +120,13 @@ def _guided_sampler(
   if sigma_low >= sigma_high:
     raise ValueError(f'needs sigma_low < sigma_high, got {sigma_low=}, {sigma_high=}')
 
-  def inside(sigma: Any) -> Any:  # in float32, as the samplers' own noise levels
-    return (np.float32(sigma_low) < sigma) & (sigma <= np.float32(sigma_high))
+  low, high = np.float32(sigma_low), np.float32(sigma_high)
+
+  def inside(sigma: Any) -> Any:
+    # In float32, so that a bound that is a noise level of the sampler counts as equal
+    # to it, both where it is counted (a float) and in the program (an array).
+    sigma = sigma.astype(np.float32)
+    return (low < sigma) & (sigma <= high)
 
   def guided_sampler(f, params, keys, cond, shape):
     strong, weak = pair(f, params, cond)
@@ -130,7 +138,7 @@ def _guided_sampler(
       return jax.lax.cond(jnp.all(inside(sigma)), both, strong, x, sigma)
 
     samples = sampler(model, params, keys, cond, shape)
-    twice = [(s,) * (1 + bool(inside(np.float32(s)))) for s in samples.sigmas]
+    twice = [(s,) * (1 + bool(inside(np.asarray(s)))) for s in samples.sigmas]
     return Samples(samples.x, tuple(s for pair in twice for s in pair))
 
   return guided_sampler

@@ -133,6 +133,8 @@ def trigflow(
   """
   checks.positive(sigma_data=sigma_data, sigma_max=sigma_max)
   highest = math.atan(sigma_max / sigma_data)
+  if list(angles) != sorted(set(angles), reverse=True):
+    raise ValueError(f'angles must descend, got {tuple(angles)}')
   for angle in angles:
     if not 0 < angle < highest:
       raise ValueError(f'angles must be in (0, {highest:.4g}), got {tuple(angles)}')

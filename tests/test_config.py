@@ -233,6 +233,17 @@ def test_a_value_is_set_from_text(flag, config):
   checked(config)
 
 
+def test_a_part_of_a_parameter_is_set_from_text(config):
+  inner = 'samplers.mine.sampler.fn'
+  told = '--config.samplers.mine.sampler: unknown key'
+  assert refusal(override, config, inner, 'cmjax.samplers:one_step').startswith(told)
+  override(config, 'samplers.mine.fn', 'cmjax.guidance:classifier_free')
+  override(config, inner, 'cmjax.samplers:one_step')
+  assert config.samplers.mine.sampler.fn == 'cmjax.samplers:one_step'
+  told = refusal(override, config, 'samplers.mine.sampled.fn', 'x:y')
+  assert told.startswith('--config.samplers.mine.sampled: unknown key, did you mean')
+
+
 def test_a_tuple_is_set_from_text_with_brackets_or_without():
   config = read('ect:digits')
   for text in ('(80.0, 0.5)', '[80.0, 0.5]', '80.0,0.5'):

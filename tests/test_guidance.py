@@ -119,6 +119,35 @@ def test_the_weak_model_is_not_evaluated_outside_the_interval():
   assert sorted(calls) == [0.5, 5.0, 5.0, 80.0]
 
 
+@pytest.mark.parametrize('x64', [False, True])
+def test_the_bounds_of_the_interval_are_open_below_and_closed_above(x64):
+  calls = []
+
+  def f(params, x, sigma, cond, /, *, key=None):
+    calls.append(float(sigma[0]))
+    return x * cond[:, :1]
+
+  # In float32, 0.9 and 0.7 are below their values in float64.
+  sampler = guidance.classifier_free(
+    sampler=samplers.multistep(sigmas=(1.5, 0.9, 0.7)),
+    guidance=2.0,
+    sigma_low=0.7,
+    sigma_high=0.9,
+  )
+  with jax.enable_x64(x64), jax.disable_jit():  # so that f is called with numbers
+    out = draw(sampler, f, None, jnp.asarray(COND, float))
+  assert out.sigmas == (1.5, 0.9, 0.9, 0.7)
+  np.testing.assert_allclose(calls, out.sigmas, rtol=1e-6)  # float32
+
+
+@pytest.mark.parametrize('build', [guidance.classifier_free, guidance.autoguidance])
+def test_without_an_interval_every_noise_level_is_guided(build):
+  f, params = guidance.WithGuide(classes, worse), guidance.GuidedParams(1.0, 0.9)
+  inner = samplers.one_step(sigma_max=500.0)
+  cond = jnp.asarray(COND, jnp.float32)
+  assert draw(build(sampler=inner, guidance=2.0), f, params, cond).evaluations == 2
+
+
 @pytest.mark.parametrize('build', [guidance.classifier_free, guidance.autoguidance])
 @pytest.mark.parametrize(
   ('arguments', 'match'),
@@ -138,5 +167,5 @@ def test_guidance_without_labels_or_a_guide_is_refused():
   one = samplers.one_step()
   with pytest.raises(ValueError, match='needs labels'):
     draw(guidance.classifier_free(sampler=one, guidance=2.0), classes, 1.0, None)
-  with pytest.raises(ValueError, match='needs a worse version'):
+  with pytest.raises(ValueError, match='needs a model with a guide'):
     draw(guidance.autoguidance(sampler=one, guidance=2.0), classes, 1.0, COND)

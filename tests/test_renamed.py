@@ -35,7 +35,7 @@ def old_text(name, **changes):
 
 @pytest.mark.parametrize('name', OLD)
 def test_a_config_of_before_is_the_config_of_today(name):
-  old, new = from_json(old_text(name)), load(name)
+  old, new = completed(from_json(old_text(name))), load(name)
   assert differences(old, new) == {}
   assert to_json(checked(old)) == to_json(new)
 
@@ -126,7 +126,7 @@ def test_a_flag_with_a_name_of_before_is_reported_by_the_command(capsys):
 
 def test_an_old_and_a_new_name_at_once_are_refused():
   network = FIRST['network'] | dict(num_blocks=3)
-  config = checked(from_json(old_text('ect:digits', network=network)))
+  config = checked(completed(from_json(old_text('ect:digits', network=network))))
   with pytest.raises(UserError, match=r'network\.blocks: .*mlp has no such key'):
     build(config.network, 'config.network', Network)
   both = old_text('ect:digits', target_decay={})

@@ -1,11 +1,14 @@
 """What a config and its data, devices, teacher and checkpoint must agree on."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
 
-from cmjax import core, train
-from cmjax.runtime import checkpoint
+from cmjax import core, main, samplers, train
+from cmjax.data.source import clip
+from cmjax.runtime import checkpoint, pretrained
 from cmjax.runtime.config import ConfigDict
 from cmjax.runtime.reopen import beside, reopen, subject_of
 from cmjax.runtime.run import prepare
@@ -101,6 +104,82 @@ def test_an_average_may_not_be_called_as_the_live_weights(one_device):
     config.ema = dict(online=dict(fn='cmjax.schedules:constant', value=0.9))
   with pytest.raises(core.UserError, match=r'config\.ema\.online'):
     prepare(config, one_device)
+
+
+# Samplers that must fit the model --------------------------------------------------
+
+ONE_STEP = 'cmjax.samplers:one_step'
+AUTO = [
+  '--config.samplers.auto.fn=cmjax.guidance:autoguidance',
+  '--config.samplers.auto.guidance=100',
+  f'--config.samplers.auto.sampler.fn={ONE_STEP}',
+  f'--config.samplers.one.fn={ONE_STEP}',
+]
+
+
+def test_a_guide_reaches_autoguidance_from_the_command_line(taught, tmp_path, capsys):
+  run = shutil.copytree(taught / 'labels', tmp_path / 'run')
+  guide, *_, last = sorted((run / 'checkpoints').iterdir(), key=lambda p: int(p.name))
+  argv = [f'--workdir={run}', '--mode=sample', '--config.evaluation.num_pictured=24']
+  argv += [*AUTO, f'--config.guide={guide}', '--samplers=auto,one']
+  assert main.main(argv) == 0, capsys.readouterr().err
+  (folder,) = (run / 'samples').iterdir()
+  found = {name: np.load(folder / f'{name}.npz') for name in ('auto', 'one')}
+  assert {name: int(a['evaluations']) for name, a in found.items()} == dict(
+    auto=2, one=1
+  )
+
+  good, bad = (pretrained.load(path) for path in (last, guide))
+  seed = jax.random.key(good.config.evaluation.seed)
+  keys = jax.vmap(lambda i: jax.random.fold_in(seed, i))(np.arange(24))
+  x, sigma = 80 * samplers.normal(keys, 0, good.shape), np.full(24, 80, np.float32)
+  cond = jax.nn.one_hot(found['one']['labels'], good.classes)
+  y, worse = (model.f(model.params, x, sigma, cond) for model in (good, bad))
+  source = reopen(run).source
+  # Compiled and plain arithmetic round differently; x is of 80, in float32.
+  np.testing.assert_allclose(found['one']['images'], clip(source, y), atol=1e-4)
+  guided = clip(source, worse + 100 * (y - worse))
+  np.testing.assert_allclose(found['auto']['images'], guided, atol=1e-4)
+  # Averages of a few steps differ little, hence a guidance of 100.
+  assert np.max(np.abs(guided - clip(source, y))) > 0.01
+
+
+@pytest.mark.parametrize(
+  ('flags', 'told'),
+  [
+    (AUTO, 'config.samplers.auto: autoguidance needs a model with a guide'),
+    ([*AUTO, '--config.guide=NOWHERE'], 'config.guide: NOWHERE: no checkpoints'),
+    ([*AUTO, '--config.guide=OTHER'], 'classes, and config.data has'),
+    (
+      ['--config.samplers.heun.sigma_max=200'],
+      'config.samplers.heun: evaluates the network at sigma = 200',
+    ),
+  ],
+)
+@pytest.mark.parametrize('mode', ['sample', 'evaluate'])
+def test_samplers_that_do_not_fit_are_refused_before_any_compute(
+  mode, flags, told, taught, capsys
+):
+  flags = [flag.replace('OTHER', str(taught / 'none')) for flag in flags]
+  assert main.main([f'--workdir={taught / "labels"}', f'--mode={mode}', *flags]) == 2
+  captured = capsys.readouterr()
+  assert captured.err.count('\n') == 1
+  assert told in captured.err
+  assert 'compiling' not in captured.out
+
+
+def test_a_run_in_training_has_no_guide_and_no_noise_above_its_range(one_device):
+  auto = dict(fn='cmjax.guidance:autoguidance', guidance=2.0, sampler=dict(fn=ONE_STEP))
+  with pytest.raises(core.UserError, match=r'config\.samplers\.x: autoguidance needs'):
+    prepare(small(samplers=dict(x=auto)), one_device)
+  far = dict(fn=ONE_STEP, sigma_max=200.0)
+  with pytest.raises(core.UserError, match=r'config\.samplers\.x: .* sigma = 200'):
+    prepare(small(samplers=dict(x=far)), one_device)
+
+
+def test_two_time_models_are_sampled_at_any_noise_level(one_device):
+  run = prepare(small('shortcut.py:digits'), one_device)
+  assert run.config.samplers.one_step.sigmas == (1000.0,)
 
 
 # Subjects of studies ---------------------------------------------------------------

@@ -200,13 +200,10 @@ def test_multistep_has_the_mean_and_deviation_of_the_closed_form(num_steps, x64)
   # which a jacobian gives: the sampler itself, without Monte Carlo.
   def sampled(noise):
     count = iter(noise)
-    draws = pytest.MonkeyPatch()
-    draws.setattr(samplers, 'normal', lambda keys, i, shape: next(count)[None, None])
-    with draws.context():
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(samplers, 'normal', lambda keys, i, shape: next(count)[None, None])
       keys = jax.random.split(jax.random.key(0), 1)
-      x = samplers.multistep(sigmas=sigmas)(f, None, keys, None, (1,)).x[0, 0]
-    draws.undo()
-    return x
+      return samplers.multistep(sigmas=sigmas)(f, None, keys, None, (1,)).x[0, 0]
 
   zero = jnp.zeros(num_steps)
   coefficients = jax.jacobian(sampled)(zero)
@@ -217,7 +214,7 @@ def test_multistep_has_the_mean_and_deviation_of_the_closed_form(num_steps, x64)
     slope, shift = affine(mean, std, sigma)
     expected_mean = slope * expected_mean + shift
     expected_variance *= slope**2
-  # Float64 throughout; the task is 1e-5.
+  # Float64 throughout, in a chain of at most 24 operations.
   np.testing.assert_allclose(sampled(zero), expected_mean, rtol=1e-10)
   deviation = np.sqrt(np.sum(coefficients**2))
   np.testing.assert_allclose(deviation, np.sqrt(expected_variance), rtol=1e-10)
@@ -265,7 +262,7 @@ def test_published_noise_levels_are_those_of_the_papers():
 
 @pytest.mark.parametrize('angles', [(1.1, 1.4), (0.0,), (1.6,), (-1.0,), (np.nan,)])
 def test_trigflow_refuses_angles_out_of_range_or_order(angles):
-  with pytest.raises(ValueError, match=r'angles must be|must descend'):
+  with pytest.raises(ValueError, match=r'^angles must '):
     samplers.trigflow(angles=angles)
 
 

@@ -23,8 +23,8 @@ def override(config: ConfigDict, key: str, text: str) -> None:
   part, where = config, 'config'
   for name in parents:
     name = _now(part, where, name)
-    if name not in part and last == 'fn' and _holds_parts(where):
-      part[name] = {}  # a new part, under a name of the user's choice
+    if name not in part and last == 'fn' and _may_hold(part, where, name):
+      part[name] = {}  # a new part: of a name of the user's choice, or of a parameter
     if name not in part:
       raise UserError(f'--{where}.{name}: unknown key{hint(name, part)}')
     inner, where = part[name], f'{where}.{name}'
@@ -73,8 +73,11 @@ def _key(path: str) -> Key | None:
   return keys_of(record).get(last)
 
 
-def _holds_parts(path: str) -> bool:
-  key = _key(path)
+def _may_hold(part: ConfigDict, where: str, name: str) -> bool:
+  """Whether a part of this name can be added at a path."""
+  if is_part(part):
+    return name in parameters(path_of(part), f'{where}.fn')
+  key = _key(where)
   return key is not None and key.form == 'parts'
 
 

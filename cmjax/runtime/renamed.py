@@ -45,6 +45,7 @@ FUNCTIONS = {
 KEYS = {
   'cmjax.data.points:': {'samples': 'num_samples'},
   'cmjax.data.tfds:': {'quoted_as': 'display_name'},
+  'cmjax.diffusion_samplers:ode': {'steps': 'num_steps'},
   'cmjax.networks.': {
     'attend': 'attention_implementation',
     'attention': 'attention_resolutions',
@@ -64,8 +65,7 @@ KEYS = {
   },
   'cmjax.objectives.progressive:': {'steps': 'num_steps'},
   'cmjax.runtime.sharding:': {'slices': 'num_slices'},
-  'cmjax.diffusion_samplers:': {'steps': 'num_steps'},
-  'cmjax.samplers:': {'steps': 'num_steps', 'times': 'sigmas'},
+  'cmjax.samplers:': {'times': 'sigmas'},
   'cmjax.schedules:': {'start_rate': 'start_decay'},
   'cmjax.studies.': {
     'batches': 'num_batches',

@@ -242,4 +242,4 @@ def _try_abstractly(run: Run) -> None:
   for name, sampler in run.samplers.items():
     with part_errors(f'config.samplers.{name}'):
       sigmas = sigmas_of(sampler, run.f, params, shape, classes, run.mesh.size)
-      check_sigmas(sigmas, run.config.objective)
+      check_sigmas(sigmas, run.f, run.config.objective)

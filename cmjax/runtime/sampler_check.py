@@ -1,17 +1,18 @@
 """Traces samplers abstractly: their noise levels, and mistakes before any compute."""
 
 from collections.abc import Mapping
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from cmjax.core import Model, Params, UserError
+from cmjax.precond import TwoTime
 from cmjax.runtime.config import ConfigDict
 from cmjax.runtime.errors import part_errors
+from cmjax.runtime.pretrained import SIGMA_RANGE
 from cmjax.samplers import Sampler, Samples
-
-SIGMA_MAX = 80.0  # of all configs and released checkpoints
 
 
 def sigmas_of(
@@ -48,14 +49,17 @@ def sigmas_of(
   return tuple(sigmas)
 
 
-def check_sigmas(sigmas: tuple[float, ...], objective: ConfigDict) -> None:
+def check_sigmas(sigmas: tuple[float, ...], f: Model, objective: ConfigDict) -> None:
   """Checks that a model was trained at the noise levels of a sampler.
 
-  The range of training ends at 80, or at the greatest `sigma_max` of the objective.
+  The range of training ends at 80, or at the greatest `sigma_max` of the objective. A
+  two-time model is trained up to t = 1 of the linear process, where sigma is infinite.
 
   Raises: UserError naming the noise level that is out of range.
   """
-  highest = max([SIGMA_MAX, *_values(objective, 'sigma_max')])
+  highest = max([SIGMA_RANGE[1], *_values(objective, 'sigma_max')])
+  if isinstance(f, TwoTime):
+    highest = math.inf
   for sigma in sigmas:
     if not 0 < sigma <= highest * (1 + 1e-6):
       raise UserError(
@@ -78,7 +82,7 @@ def check_samplers(
   """
   for name, sampler in samplers.items():
     with part_errors(f'config.samplers.{name}'):
-      check_sigmas(sigmas_of(sampler, f, params, shape, classes), objective)
+      check_sigmas(sigmas_of(sampler, f, params, shape, classes), f, objective)
 
 
 def _values(part: Any, key: str) -> list[float]:
