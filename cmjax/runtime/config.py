@@ -61,6 +61,7 @@ class Every:
   picture_steps: StepsOrNever
   evaluate_steps: StepsOrNever
   checkpoint_steps: Steps
+  snapshot_steps: StepsOrNever
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -79,6 +80,7 @@ class Config:
   init_from: str
   teacher: str
   sample_weights: Annotated[str, MAY_CHANGE]
+  sample_relative_std: Annotated[float, Bounds(0.0, 0.288), MAY_CHANGE]
   mesh: Annotated[Part, MAY_CHANGE]
   data: Annotated[Part, MayChange(('data_dir', 'path'))]
   network: Part
