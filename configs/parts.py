@@ -382,7 +382,7 @@ def half_life(half_life_images: int, rampup_ratio: float = 0.0) -> dict:
 
 
 def power_emas(*relative_stds: float) -> dict:
-  """EMAs of EDM2 by name: power_emas(0.05, 0.1) gives `power_050` and `power_100`."""
+  """EMAs of EDM2; those of 0.05 and 0.1 are named `power_050` and `power_100`."""
   return {
     f'power_{round(1000 * std):03d}': dict(fn='cmjax.schedules:power', relative_std=std)
     for std in relative_stds

@@ -132,7 +132,7 @@ def test_an_average_put_together_is_the_one_that_was_tracked(width, trained, apa
   error = norm(minus(found.params, exact)) / norm(minus(state.params, exact))
   steps = range(EVERY, NUM_STEPS + 1, EVERY)
   profiles = [ema.Profile(s, k) for k in steps for s in (0.05, 0.1)]
-  assert error < ema.reconstruct(profiles, ema.Profile(width, NUM_STEPS)).error < 0.04
+  assert error < ema.reconstruct(profiles, ema.Profile(width, NUM_STEPS)).error < 0.06
   # Neither of the tracked widths is as close.
   for name in ('power_050', 'power_100'):
     assert norm(minus(state.ema[name], exact)) > 10 * norm(minus(found.params, exact))
