@@ -28,6 +28,8 @@ from cmjax.runtime.batches import batch
 from cmjax.runtime.config_json import to_json
 from cmjax.runtime.lock import lock
 from cmjax.runtime.run import Run
+from cmjax.runtime.schedules import values_at
+from cmjax.runtime.snapshots import Snapshots
 from cmjax.runtime.state import (
   abstract_state,
   check_memory,
@@ -154,9 +156,9 @@ def compiled_step(run: Run) -> jax.stages.Wrapped:
 def train(run: Run, workdir: str | Path, hooks: Mapping[str, Hook]) -> TrainState:
   """Trains to the last step, from the newest intact checkpoint if there is one.
 
-  Writes `config.json`, `metrics.jsonl`, `tensorboard/`, `pictures/` and `checkpoints/`
-  into the work directory. After a SIGTERM, saves the current step and returns its
-  state; unfinished hooks are repeated when the run resumes.
+  Writes `config.json`, `metrics.jsonl`, `tensorboard/`, `pictures/`, `checkpoints/` and
+  `snapshots/` into the work directory. After a SIGTERM, saves the current step and
+  returns its state; unfinished hooks are repeated when the run resumes.
 
   Raises: UserError if the directory holds another run or is in use, or `init_from` is
     refused; FloatingPointError after `config.max_skipped_steps` skipped steps, or at
@@ -181,12 +183,13 @@ def train(run: Run, workdir: str | Path, hooks: Mapping[str, Hook]) -> TrainStat
     logs.say(_summary(run, start))
     with (
       contextlib.closing(checkpoints),
+      contextlib.closing(Snapshots(folder, run.config)) as snapshots,
       contextlib.closing(logs.RunLog(folder, jax.process_index() == 0, start)) as log,
       contextlib.closing(logs.Progress(start, run.total_steps)) as progress,
       preemption.Notice() as notice,
       contextlib.closing(watchdog.Watchdog()) as watch,
     ):
-      services = _Services(checkpoints, log, progress, notice, watch)
+      services = _Services(checkpoints, snapshots, log, progress, notice, watch)
       state, finished = _loop(run, state, meta, hooks, services)
     if finished and jax.process_index() == 0:
       mark_caught_up(folder, int(state.step))
@@ -199,6 +202,7 @@ class _Services(NamedTuple):
   """What the loop writes to, and what monitors it."""
 
   checkpoints: checkpoint.Checkpoints
+  snapshots: Snapshots
   log: logs.RunLog
   progress: logs.Progress
   notice: preemption.Notice
@@ -213,7 +217,7 @@ def _loop(
   services: _Services,
 ) -> tuple[TrainState, bool]:
   """The last state and True; after a preemption notice, the saved state and False."""
-  checkpoints, log, progress, notice, watch = services
+  checkpoints, snapshots, log, progress, notice, watch = services
   every, start, total = run.config.every, int(state.step), run.total_steps
   train_step = compiled_step(run)
   window = Window(meta.get('window'))
@@ -222,6 +226,7 @@ def _loop(
 
   def save(due: list[str]) -> None:
     watch.pause()
+    snapshots.wait()  # a run that resumes here does not save them again
     checkpoints.save(state, run.meta() | {'window': window.partial(), 'due': due})
 
   def save_and_stop(step: int, due: list[str]) -> tuple[TrainState, bool]:
@@ -265,10 +270,13 @@ def _loop(
       skipped += skipped_in_window
       losses.append(means['loss'])
       means['skipped_steps'] = len(skipped)
-      log.scalars(step, means | _scheduled(run, step - 1))
+      log.scalars(step, means | values_at(run.schedules, step - 1))
       shown = ('loss', 'grad_norm', 'images_per_s') + ('skipped_steps',) * bool(skipped)
       progress.report(step, {key: means[key] for key in shown if key in means})
       check_skipped(skipped, run.config.max_skipped_steps, run.config.seed)
+    if every.snapshot_steps and (last or step % every.snapshot_steps == 0):
+      watch.pause()
+      snapshots.save(step, state, run.meta())
     steps_between = {name: getattr(every, f'{name}_steps') for name in hooks}
     due = [name for name, n in steps_between.items() if n and (last or step % n == 0)]
     if not notice.given():
@@ -290,10 +298,3 @@ def _summary(run: Run, start: int) -> str:
     f'{jax.devices()[0].platform} device(s); '
     + (f'resumes from step {start:,}' if start else 'starts')
   )
-
-
-def _scheduled(run: Run, step: int) -> dict[str, float]:
-  return {  # schedules take integers as well
-    name.removeprefix('config.'): float(schedule(cast(Array, step)))
-    for name, schedule in run.schedules.items()
-  }

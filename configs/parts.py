@@ -86,6 +86,8 @@ def base() -> Config:
       teacher='',  # the same, for objectives that distil a teacher
       guide='',  # the same: a worse version of the model, for guidance:autoguidance
       sample_weights='online',  # or the name of an EMA
+      # > 0: once trained, the EMA of this width, put together from the snapshots
+      sample_relative_std=0.0,
       # With fsdp, the state is sharded over the devices.
       mesh=dict(fn='cmjax.runtime.sharding:mesh', fsdp=False, num_slices=1),
       data={},
@@ -120,8 +122,12 @@ def base() -> Config:
         num_samples=10_000,
         seed=1_000_000,  # apart from the seeds of evaluation
       ),
-      every=dict(  # 0: never; pictures, evaluations and checkpoints also at the end
-        log_steps=100, picture_steps=0, evaluate_steps=0, checkpoint_steps=1000
+      every=dict(  # 0: never; all but logs also at the end
+        log_steps=100,
+        picture_steps=0,
+        evaluate_steps=0,
+        checkpoint_steps=1000,
+        snapshot_steps=0,  # of the EMAs of `power_emas`; none is deleted
       ),
       keep_checkpoints=2,
     )
@@ -393,6 +399,14 @@ def half_life(half_life_images: int, rampup_ratio: float = 0.0) -> dict:
     half_life_images=half_life_images,
     rampup_ratio=rampup_ratio,
   )
+
+
+def power_emas(*relative_stds: float) -> dict:
+  """EMAs of EDM2; those of 0.05 and 0.1 are named `power_050` and `power_100`."""
+  return {
+    f'power_{round(1000 * std):03d}': dict(fn='cmjax.schedules:power', relative_std=std)
+    for std in relative_stds
+  }
 
 
 def heun() -> dict:

@@ -27,13 +27,18 @@ TARGET = 'target'  # the item of the target network
 
 
 class Checkpoints:
-  """The checkpoints of one run, under `workdir/checkpoints`."""
+  """The checkpoints of one run, under `workdir/checkpoints` or another folder.
 
-  def __init__(self, workdir: str | Path, keep: int):
+  If `keep` is None, none is deleted.
+  """
+
+  def __init__(
+    self, workdir: str | Path, keep: int | None, folder: str = storage.CHECKPOINTS
+  ):
     self._silence = contextlib.ExitStack()
     # Failures of background writes are reported by `_reporting_failures`.
     self._silence.enter_context(storage.quiet())
-    self._folder = local(workdir).resolve() / 'checkpoints'
+    self._folder = local(workdir).resolve() / folder
     self._manager = ocp.CheckpointManager(
       self._folder,
       options=ocp.CheckpointManagerOptions(
@@ -43,12 +48,18 @@ class Checkpoints:
 
   def save(self, state: TrainState, meta: dict[str, Any]) -> None:
     """Starts saving; the state may be donated as soon as this returns."""
-    step = int(state.step)
+    self.save_items(int(state.step), _items(state), meta)
+
+  def save_items(
+    self, step: int, items: Mapping[str, Any], meta: dict[str, Any]
+  ) -> None:
+    """`save`, of items by name."""
     if step in self._manager.all_steps():
       return
-    args = storage.save_args(_items(state), meta | {'step': step})
+    args = storage.save_args(items, meta | {'step': step})
     with self._reporting_failures():
-      self._manager.save(step, args=args)
+      # Without `force` it ignores steps before the newest one that is stored.
+      self._manager.save(step, args=args, force=True)
 
   @contextlib.contextmanager
   def _reporting_failures(self) -> Iterator[None]:
@@ -99,6 +110,29 @@ class Checkpoints:
       )
     return None
 
+  def holds(
+    self, step: int, items: Mapping[str, Any], say: Callable[[str], None]
+  ) -> bool:
+    """Whether a step is stored, with such items, and intact.
+
+    A damaged one is reported and renamed, as by `restore`.
+    """
+    if step not in self._manager.all_steps():
+      return False
+    try:
+      storage.restore(self._manager, step, items)
+    except Exception as error:  # damaged files raise errors of many types
+      reason = first_line(error)
+      say(f'{self._folder / str(step)} is damaged ({reason}) and is saved again')
+      self._rename_damaged(step)
+      return False
+    return True
+
+  def wait(self) -> None:
+    """Waits for pending saves."""
+    with self._reporting_failures():
+      self._manager.wait_until_finished()
+
   def _rename_damaged(self, step: int) -> Path:
     path = unused(self._folder / f'{step}.damaged')
     if jax.process_index() == 0:
@@ -118,15 +152,14 @@ def save_weights(
 ) -> None:
   """Saves a checkpoint of weights alone, from which no run can resume."""
   args = storage.save_args({ONLINE: params}, meta | {'step': step})
-  folder = local(workdir).resolve() / 'checkpoints'
+  folder = local(workdir).resolve() / storage.CHECKPOINTS
   with ocp.CheckpointManager(folder) as manager:
     manager.save(step, args=args)
 
 
 def any_in(workdir: str | Path) -> bool:
   """Whether a work directory holds a checkpoint, intact or damaged."""
-  folders = (p for p in (local(workdir) / 'checkpoints').glob('*') if p.is_dir())
-  return any(p.name.isdigit() for p in folders)
+  return bool(storage.steps_in(local(workdir) / storage.CHECKPOINTS))
 
 
 def is_run(path: str | Path) -> bool:
@@ -144,8 +177,8 @@ def newest(
   """The result of `read(step, meta)` on the newest intact checkpoint.
 
   Args:
-    path: a work directory, or one of its `checkpoints/STEP`, which is then the only
-      candidate.
+    path: a work directory, or one of its `checkpoints/STEP` or `snapshots/STEP`, which
+      is then the only candidate.
     read: reads more of that checkpoint; if it fails, the next older one is tried.
     say: receives one line per damaged checkpoint.
 
@@ -241,13 +274,12 @@ def _check_network(
 def _find(path: str | Path) -> tuple[Path, list[int]]:
   """The folder of checkpoints of a path, and its steps, newest first."""
   path = local(path).resolve()
-  if path.name.isdigit() and path.parent.name == 'checkpoints' and path.is_dir():
+  if storage.is_step(path):
     return path.parent, [int(path.name)]
-  folder = path / 'checkpoints'
+  folder = path / storage.CHECKPOINTS
   if not folder.is_dir():
     raise UserError(f'{path}: no checkpoints; is it the --workdir of a run?')
-  steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit() and p.is_dir()]
-  return folder, sorted(steps, reverse=True)
+  return folder, storage.steps_in(folder)
 
 
 def _items(state: TrainState) -> dict[str, Any]:

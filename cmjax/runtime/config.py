@@ -50,6 +50,7 @@ class Config:
   teacher: str
   guide: Annotated[str, MAY_CHANGE]
   sample_weights: Annotated[str, MAY_CHANGE]
+  sample_relative_std: Annotated[float, Bounds(0.0, 0.288), MAY_CHANGE]
   mesh: Annotated[Part, MAY_CHANGE]
   data: Annotated[Part, MayChange(('data_dir', 'path'))]
   network: Part

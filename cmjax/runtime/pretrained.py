@@ -13,7 +13,7 @@ import numpy as np
 
 from cmjax.core import LOG_WEIGHT, Model, Network, Params, UserError
 from cmjax.port import names, read, released, write
-from cmjax.runtime import build, checkpoint, sharding
+from cmjax.runtime import build, checkpoint, sharding, snapshots, storage
 from cmjax.runtime.config import ConfigDict, completed
 from cmjax.runtime.config_json import from_json, to_json
 from cmjax.runtime.overrides import override
@@ -102,13 +102,15 @@ def load(
   of cmjax and of the packages in `trust`; no other function is imported or called.
 
   Args:
-    path: a work directory, one of its `checkpoints/STEP`, or a file: a pickle of EDM,
-      EDM2 or ECT, a PyTorch or JAX checkpoint of OpenAI, or safetensors of cmjax.
+    path: a work directory, one of its `checkpoints/STEP` or `snapshots/STEP`, or a
+      file: a pickle of EDM, EDM2 or ECT, a PyTorch or JAX checkpoint of OpenAI, or
+      safetensors of cmjax.
     config: replaces the config of the run; if only the model is stored with the
       weights, it adds data and samplers.
     overrides: dotted keys of the config, such as `network.remat`, and the texts of
       their values.
-    weights: `online` or the name of an EMA; `config.sample_weights` if empty.
+    weights: `online` or the name of an EMA; if empty, the EMA of width
+      `config.sample_relative_std`, or `config.sample_weights` if that is 0.
     form: 'denoiser' or 'consistency' for a checkpoint of OpenAI whose path does not
       contain edm, cd or ct as a word.
     trust: packages whose functions the config of the weights may name.
@@ -138,13 +140,13 @@ def load(
     raise UserError(f'form={form!r}: only for a checkpoint of OpenAI; {path} is a run')
 
   def read_step(step, meta):
-    meta = write.checked_meta(meta, path)
+    held, meta = snapshots.widths_in(meta, path), write.checked_meta(meta, path)
     merged, network, f = model(from_json(meta['config'], str(path), trust))
     shape = tuple(meta['shape'])
     params = like = abstract_params(network, shape, meta['classes'], mesh)
     if sharding.attached(mesh):
-      name = weights or str(merged.sample_weights)
-      params = checkpoint.read_weights(path, step, name, like)
+      chosen = snapshots.Chosen(merged, weights, held, like)
+      params = snapshots.read(path, step, chosen, say)
     rest = (meta['classes'], meta['origin'], (), meta['data'])
     return Pretrained(f, params, merged, step, shape, *rest)
 
@@ -219,8 +221,7 @@ def _placed(
 def check_there(path: str | Path, where: str) -> None:
   """Raises UserError, naming the key `where`, if `load` could not find weights."""
   path = checkpoint.local(path)
-  step = path.parent.name == 'checkpoints' and path.name.isdigit() and path.is_dir()
-  if not (path.is_file() or step or checkpoint.any_in(path)):
+  if not (path.is_file() or storage.is_step(path) or checkpoint.any_in(path)):
     raise UserError(f'{where}: {path}: no checkpoints; is it the --workdir of a run?')
 
 
@@ -244,8 +245,10 @@ def load_weights(
 
   def read_step(step, meta):
     config = from_json(meta['config'], str(path))
-    name = str(config.sample_weights)
-    params = checkpoint.read_weights(path, step, name, like, LOG_WEIGHT)
+    chosen = snapshots.Chosen(
+      config, '', snapshots.widths_in(meta, path), like, LOG_WEIGHT
+    )
+    params = snapshots.read(path, step, chosen, say)
     return _with_zeros(params, like), config
 
   return checkpoint.newest(path, read_step, say)

@@ -75,3 +75,4 @@ class Every:
   picture_steps: StepsOrNever
   evaluate_steps: StepsOrNever
   checkpoint_steps: Steps
+  snapshot_steps: StepsOrNever

@@ -11,7 +11,7 @@ import numpy as np
 from cmjax.core import Model, Nets, Params, UserError
 from cmjax.data.source import Source, as_x0, batch_at, one_hot, placeholder
 from cmjax.guidance import GuidedParams, WithGuide
-from cmjax.runtime import checkpoint, logs, pretrained, sharding
+from cmjax.runtime import checkpoint, logs, pretrained, sharding, storage
 from cmjax.runtime.build import build, build_each, build_model, is_part
 from cmjax.runtime.config import Config, ConfigDict, checked, completed
 from cmjax.runtime.config_files import read
@@ -155,7 +155,7 @@ def _with_samplers(opened: Opened, names: str) -> Opened:
 def beside(opened: Opened) -> Path:
   """The folder for the results of a run, or of a file of weights."""
   path = Path(opened.path)
-  if path.parent.name == 'checkpoints':  # old steps are deleted, results are not
+  if path.parent.name in storage.FOLDERS:  # old steps are deleted, results are not
     return path.parent.parent
   return path if path.is_dir() else path.with_name(f'{path.name}.results')
 

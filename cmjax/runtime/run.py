@@ -25,7 +25,7 @@ from cmjax.core import (
 )
 from cmjax.data.source import Source, batch_at, check_batch, metadata
 from cmjax.fields import Reference
-from cmjax.runtime import checkpoint, logs, pretrained, sharding
+from cmjax.runtime import checkpoint, logs, pretrained, sharding, snapshots
 from cmjax.runtime.build import build, build_each, build_model, is_part, path_of
 from cmjax.runtime.config import REQUIRED, Config, ConfigDict, checked
 from cmjax.runtime.config_json import to_json
@@ -121,6 +121,11 @@ def prepare(
     raise UserError(
       f'config.sample_weights: no weights {config.sample_weights!r}; known: '
       f'{", ".join([checkpoint.ONLINE, *ema_decays])}'
+    )
+  if config.every.snapshot_steps and not snapshots.widths(config):
+    raise UserError(
+      'config.every.snapshot_steps: snapshots hold EMAs of cmjax.schedules:power, and '
+      'there are none; add some to config.ema, as parts.power_emas(0.05, 0.1) does'
     )
   target_decay = None
   if is_part(config.target_decay):

@@ -1,12 +1,12 @@
 """The schedules of a config: finds them among its parts, and checks their values."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
 
-from cmjax.core import Schedule, UserError
+from cmjax.core import Array, Schedule, UserError
 from cmjax.runtime.build import build, is_part, path_of
 from cmjax.runtime.config import Config, ConfigDict
 from cmjax.runtime.errors import user_errors
@@ -39,6 +39,14 @@ def schedules_of(config: Config) -> dict[str, Schedule]:
     if is_part(part):
       add(part, where, Schedule)
   return schedules
+
+
+def values_at(schedules: Mapping[str, Schedule], step: int) -> dict[str, float]:
+  """The values of schedules at a step, without the `config.` of their names."""
+  return {  # schedules take integers as well
+    name.removeprefix('config.'): float(schedule(cast(Array, step)))
+    for name, schedule in schedules.items()
+  }
 
 
 def given_by(config: Config) -> dict[str, int]:

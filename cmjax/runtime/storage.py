@@ -17,6 +17,8 @@ from cmjax.runtime import checksums, sharding
 
 T = TypeVar('T')
 
+FOLDERS = CHECKPOINTS, SNAPSHOTS = ('checkpoints', 'snapshots')  # of a work directory
+
 
 class Restored(NamedTuple):
   """What is read from a checkpoint."""
@@ -24,6 +26,17 @@ class Restored(NamedTuple):
   items: dict[str, Any]
   meta: dict[str, Any]  # as given to `save_args`
   records: checksums.Records | None  # None: of version 0.2, which has no records
+
+
+def is_step(path: Path) -> bool:
+  """Whether a path is `checkpoints/STEP` or `snapshots/STEP` of a work directory."""
+  return path.name.isdigit() and path.parent.name in FOLDERS and path.is_dir()
+
+
+def steps_in(folder: Path) -> list[int]:
+  """The steps stored in a folder, newest first; none if it does not exist."""
+  steps = (p for p in folder.glob('*') if p.name.isdigit() and p.is_dir())
+  return sorted((int(p.name) for p in steps), reverse=True)
 
 
 def save_args(items: Mapping[str, Any], meta: dict[str, Any]) -> ocp.args.Composite:
