@@ -41,7 +41,7 @@ class Sampler(Protocol):
     ...
 
 
-def _normal(keys: Key, index: int, shape: tuple[int, ...]) -> Array:
+def normal(keys: Key, index: int, shape: tuple[int, ...]) -> Array:
   """Standard normals f32[B, *shape], the `index`-th draw of each sample's key."""
 
   def one(key):
@@ -50,9 +50,7 @@ def _normal(keys: Key, index: int, shape: tuple[int, ...]) -> Array:
   return jax.vmap(one)(keys)
 
 
-def _prior(
-  sigma: float, keys: Key, cond: Array | None, shape: tuple[int, ...]
-) -> Array:
+def prior(sigma: float, keys: Key, cond: Array | None, shape: tuple[int, ...]) -> Array:
   """Checks `cond` and draws the initial noise sigma z, f32[B, *shape]."""
   if cond is not None:
     one_hot = jnp.ndim(cond) == 2 and jnp.issubdtype(cond.dtype, jnp.floating)
@@ -61,10 +59,11 @@ def _prior(
         f'cond must be one-hot f32[{len(keys)}, K], as jax.nn.one_hot(labels, K) '
         f'gives, got {cond.dtype}{list(jnp.shape(cond))}'
       )
-  return sigma * _normal(keys, 0, shape)
+  return sigma * normal(keys, 0, shape)
 
 
-def _check_descending(sigmas: Sequence[float], above: float) -> None:
+def check_descending(sigmas: Sequence[float], above: float) -> None:
+  """Raises: ValueError if sigmas are empty, do not descend or are not above `above`."""
   for sigma in sigmas:
     checks.finite(sigmas=sigma)
   if not sigmas:
@@ -87,13 +86,13 @@ def multistep(*, sigmas: Sequence[float], sigma_min: float = 0.0) -> Sampler:
   Source: Song et al. 2023, algorithm 1; locuslab/ect for sigma_min = 0.
   """
   checks.not_negative(sigma_min=sigma_min)
-  _check_descending(sigmas, sigma_min)
+  check_descending(sigmas, sigma_min)
 
   def sampler(f, params, keys, cond, shape):
-    x = _prior(sigmas[0], keys, cond, shape)
+    x = prior(sigmas[0], keys, cond, shape)
     for i, sigma in enumerate(sigmas):
       if i > 0:
-        x += (sigma**2 - sigma_min**2) ** 0.5 * _normal(keys, i, shape)
+        x += (sigma**2 - sigma_min**2) ** 0.5 * normal(keys, i, shape)
       x = f(params, x, jnp.full(len(x), sigma, x.dtype), cond, key=None)
     return Samples(x, evaluations=len(sigmas))
 
@@ -142,7 +141,7 @@ def ode(
       sigma, next_sigma = (jnp.full(len(x), s) for s in pair)
       return advance(flow, x, sigma, next_sigma), None
 
-    x = _prior(sigma_max, keys, cond, shape)
+    x = prior(sigma_max, keys, cond, shape)
     x, _ = jax.lax.scan(step, x, (grid[:-1], grid[1:]))
     last = jnp.full(len(x), grid[-1])
     return Samples(solvers.euler(flow, x, last, jnp.zeros_like(last)), evaluations)
@@ -172,7 +171,7 @@ def phased(
   lower_edges = [*reversed(edges), 0.0]
 
   def sampler(f, params, keys, cond, shape):
-    x, sigma = _prior(sigma_max, keys, cond, shape), sigma_max
+    x, sigma = prior(sigma_max, keys, cond, shape), sigma_max
     for edge in lower_edges:
       next_sigma = skip * edge
       denoised = f(params, x, jnp.full(len(x), sigma, x.dtype), cond, key=None)
@@ -192,14 +191,14 @@ def flow_map(*, sigmas: Sequence[float] = (80.0,)) -> Sampler:
 
   Source: Geng et al. 2025 (MeanFlow), algorithm 2.
   """
-  _check_descending(sigmas, 0.0)
+  check_descending(sigmas, 0.0)
 
   def sampler(f, params, keys, cond, shape):
     if not isinstance(f, TwoTime):
       raise ValueError(
         f'samplers.flow_map needs a model of precond.two_time, got {type(f).__name__}'
       )
-    x = _prior(sigmas[0], keys, cond, shape)
+    x = prior(sigmas[0], keys, cond, shape)
     for pair in zip(sigmas, (*sigmas[1:], 0.0)):
       sigma, sigma_end = (jnp.full(len(x), s, x.dtype) for s in pair)
       x = f.move(params, x, sigma, sigma_end, cond)

@@ -17,7 +17,7 @@ FLOORS = {
   ],
   'methods': [
     *('objectives.*', 'networks.*', 'metrics.*', 'studies.*'),
-    *('samplers', 'oracles', 'optimizers'),
+    *('samplers', 'oracles', 'optimizers', 'editing', 'inversion'),
   ],
   'doors': ['runtime.*', 'data.*', 'port.*'],
   'programs': ['train', 'modes.*'],
