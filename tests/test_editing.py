@@ -71,7 +71,7 @@ def test_the_known_coordinates_are_grey_values_and_patch_means(x64):
 
 
 def test_another_basis_changes_no_image(x64):
-  """The basis of the authors' code: QR of the unit matrix, its first column replaced."""
+  """The basis of the authors' code: QR of a unit matrix with another first column."""
   start = np.eye(3)
   start[:, 0] = editing.GREY
   basis, _ = np.linalg.qr(start)
@@ -153,7 +153,9 @@ def test_an_image_does_not_depend_on_its_batch():
       halves, None, y[rows], edit, sigmas=(9.0, 0.5), keys=keys[rows]
     ).x
 
-  np.testing.assert_allclose(run(np.array([3, 1])), run(np.arange(5))[jnp.array([3, 1])])
+  np.testing.assert_allclose(
+    run(np.array([3, 1])), run(np.arange(5))[jnp.array([3, 1])]
+  )
 
 
 def test_stroke_is_two_steps_from_the_image(x64):
