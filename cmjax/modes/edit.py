@@ -12,7 +12,7 @@ from cmjax.core import UserError, unused
 from cmjax.data.inputs import read_inputs
 from cmjax.data.source import Source, as_uint8, from_uint8
 from cmjax.modes import edits, sample
-from cmjax.modes.edits import Compute, Result, Rows
+from cmjax.modes.edits import Compute, Rows
 from cmjax.runtime import logs, sharding
 from cmjax.runtime.reopen import Opened, beside, reopen_for
 
@@ -42,7 +42,8 @@ def run(flags: argparse.Namespace) -> None:
   folder = unused(folder)
   panels: dict[str, list[np.ndarray]] = {}
   errors = []
-  results = _results(opened, compute, params, _batches(opened, x0, end, labels))
+  batches = _batches(opened, x0, end, labels, flags.edit == 'interpolate')
+  results = _results(opened, compute, params, batches)
   for name, y, result in zip(names, x0, results):
     if not np.all(np.isfinite(result.x)):
       raise UserError(f'{name}: the model returns values that are not finite')
@@ -68,7 +69,7 @@ def _labels(source: Source, text: str) -> np.ndarray | None:
   if not text:
     raise UserError(
       '--labels: missing, and the model is conditional; give one per image, repeated '
-      'as needed, or none, for a model that was trained with label_dropout'
+      'as needed, with --second then its own, or none if it had label_dropout'
     )
   if source.classes and text == 'none':
     return np.zeros((1, source.classes), np.float32)
@@ -77,9 +78,17 @@ def _labels(source: Source, text: str) -> np.ndarray | None:
 
 
 def _batches(
-  opened: Opened, x0: np.ndarray, end: np.ndarray | None, labels: np.ndarray | None
+  opened: Opened,
+  x0: np.ndarray,
+  end: np.ndarray | None,
+  labels: np.ndarray | None,
+  between: bool,
 ) -> list[Rows]:
-  """The images in batches of one size, the last filled up with the first image."""
+  """The images in batches of one size, the last filled up with the first image.
+
+  Labels are repeated as needed. If `between`, the last is that of the image at the end
+  of the interpolation, and also that of the others if there is only one.
+  """
   size = min(opened.config.evaluation.batch_size, len(x0))
   size = -(-size // opened.mesh.size) * opened.mesh.size
   batches = []
@@ -87,9 +96,11 @@ def _batches(
     index = np.arange(first, first + size)
     y = x0[np.where(index < len(x0), index, 0)]
     ends = None if end is None else np.repeat(end, size, axis=0)
-    conds = [None, None]
+    conds: list[Any] = [None, None]
     if labels is not None:
-      conds = [labels[(index + i) % len(labels)] for i in (0, 1)]
+      of_y = labels[:-1] if between and len(labels) > 1 else labels
+      conds = [of_y[index % len(of_y)]]
+      conds.append(np.broadcast_to(labels[-1], conds[0].shape) if between else None)
     # `_make`, because the fields of Rows are annotated as arrays on a device.
     batches.append(Rows._make((index.astype(np.uint32), y, ends, *conds)))
   return batches
@@ -97,8 +108,8 @@ def _batches(
 
 def _results(
   opened: Opened, compute: Compute, params: Any, batches: Sequence[Rows]
-) -> Iterator[Result]:
-  """The result of each image, as NumPy arrays without the first axis.
+) -> Iterator[Any]:
+  """The `Result` of each image, as NumPy arrays without the first axis.
 
   Up to rounding it depends only on the seed and on the image's index: neither on the
   batch size nor on the number of devices.
@@ -121,7 +132,7 @@ def _results(
 
 
 def _images(
-  source: Source, y: np.ndarray, result: Result, flags: argparse.Namespace
+  source: Source, y: np.ndarray, result: Any, flags: argparse.Namespace
 ) -> dict[str, list[np.ndarray]]:
   """The images u8[H, W, C] to show of one image, by title."""
   if flags.edit == 'interpolate':
@@ -136,7 +147,7 @@ def _write(
   folder: Path,
   source: Source,
   y: np.ndarray,
-  result: Result,
+  result: Any,
   images: dict[str, list[np.ndarray]],
 ) -> None:
   """Writes the result, its pictures and its arrays."""
@@ -144,7 +155,7 @@ def _write(
   logs.write_png(folder / 'result.png', final[..., 0] if final.shape[2] == 1 else final)
   row = np.stack([image for of_title in images.values() for image in of_title])
   logs.write_png(folder / 'before_after.png', logs.grid(row, len(row), CELL))
-  arrays: dict[str, np.ndarray] = {'input': y, 'result': result.x}
+  arrays: dict[str, Any] = {'input': y, 'result': result.x}
   if result.steps is not None:
     frames = [logs.grid(x[None], 1, CELL) for x in as_uint8(source, result.steps)]
     logs.write_png(folder / 'steps.png', frames[0], frames[1:])

@@ -110,7 +110,7 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
   add('mode', default='train', choices=MODES, metavar='MODE', help='default: train')
   add('debug', action='store_true', help='print the full traceback of every error')
   text('trust', 'A,B', 'packages whose functions a stored config may name')
-  text('labels', '0,3,7', 'with --mode=sample and edit: classes; for edit also none')
+  text('labels', '0,3,7', 'with --mode=sample and edit: one class per image, or none')
   add('edit', default='', choices=EDITS, metavar='EDIT', help='with --mode=edit')
   text('input', 'PATH', 'with --mode=edit: an image, or a folder of images')
   text('mask', 'FILE', 'with --edit=inpaint: an image, white where to generate')
