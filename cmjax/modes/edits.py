@@ -250,7 +250,7 @@ def _sigmas(flags: argparse.Namespace, low: float) -> list[float]:
     raise UserError(f'--sigma={text}: must be numbers, such as 5.38,2.24') from None
   if not all(low < sigma <= high for sigma in sigmas):
     raise UserError(
-      f'--sigma={text}: the model needs more than {low} and at most {high}'
+      f'--sigma={text}: must be above {low} and at most {high}, the range of the model'
     )
   if sigmas != sorted(set(sigmas), reverse=True):
     raise UserError(f'--sigma={text}: must descend, such as 5.38,2.24')

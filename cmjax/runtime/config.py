@@ -198,7 +198,7 @@ def _record(
     value: Any = config[name]
     if key.kind in (int, float, str):
       build.check_value(value, key.kind, path)
-      if key.bounds:
+      if key.bounds and not (weights_alone and name == 'total_images'):  # 0: unknown
         _check_bounds(value, key.bounds, path)
     elif not isinstance(value, ConfigDict):
       raise UserError(f'{path}: must be a dict, got {value!r}')
