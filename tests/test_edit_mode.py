@@ -79,6 +79,7 @@ def command(place, words):
 
 RUN, COLOUR = ('--workdir=@/run', '--labels=0,1'), ('--workdir=@/colour',)
 DIGITS, COLOURS = '--input=@/digits', '--input=@/colours'
+SECOND = '--second=@/digits/d2.png'
 INPAINT = ['--edit=inpaint', '--mask=@/masks/half.png']
 # The command, the folder of its results, its number of images and of steps.
 EDITS = {
@@ -94,8 +95,7 @@ EDITS = {
   'stroke': ([*RUN, '--edit=stroke', '--input=@/digits/d1.png'], 'run', 1, 2),
   'denoise': ([*COLOUR, '--edit=denoise', '--sigma=0.3', COLOURS], 'colour', 2, 0),
   'interpolate': (
-    [*RUN, '--edit=interpolate', '--input=@/digits/d1.png', '--steps=3']
-    + ['--second=@/digits/d2.png'],
+    [*RUN, '--edit=interpolate', '--input=@/digits/d1.png', SECOND, '--steps=3'],
     *('run', 1, 3),
   ),
   'reconstruct': (
