@@ -193,6 +193,10 @@ MISTAKES = {
     r'--factor: --edit=inpaint does not take it',
   ),
   'one end': ([*RUN, '--edit=interpolate', DIGITS], r'give --input and --second'),
+  'an end that is a folder': (
+    [*RUN, '--edit=interpolate', DIGITS, '--second=@/digits'],
+    r'--second: .*digits is a folder; give one image',
+  ),
   'no workdir': ([*INPAINT, DIGITS], r'give --workdir'),
   'mask of another size': (
     [*RUN, '--edit=inpaint', DIGITS, '--mask=@/masks/w.png'],

@@ -60,15 +60,23 @@ def _of_shape(
   return image[..., :1]
 
 
+def read_one(path: str, where: str, shape: tuple[int, ...]) -> np.ndarray:
+  """One image uint8[H, W, C] of `shape` from a file.
+
+  Raises: UserError as `read_inputs`, and if the path is a folder.
+  """
+  if Path(path).is_dir():
+    raise UserError(f'{where}: {path} is a folder; give one image')
+  return read_inputs(path, where, shape)[1][0]
+
+
 def read_mask(path: str, where: str, shape: tuple[int, ...]) -> np.ndarray:
   """f32[H, W], 0 (to generate) where an image is lighter than half, and 1 (known).
 
   Raises: UserError, naming the key `where`, if it cannot be read, has another size than
     `shape`, or nothing in it is white.
   """
-  if Path(path).is_dir():
-    raise UserError(f'{where}: {path} is a folder; give one image, white where to fill')
-  _, (image,) = read_inputs(path, where, (*shape[:2], 3))
+  image = read_one(path, where, (*shape[:2], 3))
   known = image.mean(axis=-1) < 127.5
   if known.all():
     raise UserError(f'{where}: {path} has no white pixel, so that nothing is generated')

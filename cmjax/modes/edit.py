@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from cmjax.core import UserError, unused
-from cmjax.data.inputs import read_inputs
+from cmjax.data.inputs import read_inputs, read_one
 from cmjax.data.source import Source, as_uint8, from_uint8
 from cmjax.modes import edits, sample
 from cmjax.modes.edits import Compute, Rows
@@ -34,8 +34,7 @@ def run(flags: argparse.Namespace) -> None:
     names, pixels = read_inputs(flags.input, '--input', source.shape, factor)
     x0 = from_uint8(source, pixels)
   if flags.second:
-    _, pixels = read_inputs(flags.second, '--second', source.shape)
-    end = from_uint8(source, pixels[:1])
+    end = from_uint8(source, read_one(flags.second, '--second', source.shape)[None])
   params, compute = edits.computation(flags, opened)
 
   folder = beside(opened) / 'edits' / f'{flags.edit}_step_{opened.step:08d}'
