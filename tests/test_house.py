@@ -18,7 +18,7 @@ FLOORS = {
   'methods': [
     *('objectives.*', 'networks.*', 'metrics.*', 'studies.*'),
     *('samplers', 'diffusion_samplers', 'guidance', 'oracles', 'optimizers'),
-    *('ema', 'likelihood', 'search'),
+    *('ema', 'likelihood', 'search', 'editing', 'inversion'),
   ],
   'doors': ['runtime.*', 'data.*', 'port.*'],
   'programs': ['train', 'sampling', 'evaluation', 'modes.*'],

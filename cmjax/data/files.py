@@ -83,7 +83,7 @@ def _read_folder(
   folder: Path, conditional: bool
 ) -> tuple[np.ndarray, np.ndarray | None]:
   with reading(f'config.data.path: cannot read {folder}'):
-    files = sorted(_image_files(folder, ()))
+    files = sorted(image_files(folder, 'config.data.path'))
   if not files:
     raise UserError(
       f'config.data.path: no image in {folder}; looked for {sorted(IMAGE_SUFFIXES)}'
@@ -93,10 +93,10 @@ def _read_folder(
       f'config.data.path: {folder} has images outside a class folder, and the model is '
       'conditional; sort them into folders, or set config.data.conditional=False'
     )
-  first = _read_image(files[0])
+  first = read_image(files[0], 'config.data.path')
   images = empty_images(len(files), first, f'config.data.path: the images of {folder}')
   for i, file in enumerate(files):
-    image = _read_image(file) if i else first
+    image = read_image(file, 'config.data.path') if i else first
     if image.shape != images.shape[1:]:
       raise UserError(
         f'config.data.path: images differ in size: {files[0]} is '
@@ -110,22 +110,30 @@ def _read_folder(
   return images, np.unique(names, return_inverse=True)[1]
 
 
-def _image_files(folder: Path, above: Sequence[Path]) -> Iterator[Path]:
-  """Paths of the images below a folder; `above` are the folders that contain it."""
+def image_files(folder: Path, where: str, above: Sequence[Path] = ()) -> Iterator[Path]:
+  """Paths of the images below a folder; `above` are the folders that contain it.
+
+  Raises: UserError, naming the key `where`, if a folder links to one of those.
+  """
   resolved = folder.resolve()
   if resolved in above:
     raise UserError(
-      f'config.data.path: {folder} links to a folder that contains it; remove the link'
+      f'{where}: {folder} links to a folder that contains it; remove the link'
     )
   for path in folder.iterdir():
     if path.is_dir():
-      yield from _image_files(path, (*above, resolved))
+      yield from image_files(path, where, (*above, resolved))
     elif path.suffix.lower() in IMAGE_SUFFIXES:
       yield path
 
 
-def _read_image(file: Path) -> np.ndarray:
-  with reading(f'config.data.path: cannot read {file}'), warnings.catch_warnings():
+def read_image(file: Path, where: str) -> np.ndarray:
+  """An image file as RGB uint8[H, W, 3].
+
+  Raises: UserError, naming the key `where`, if it cannot be read, is no image of 8 bits
+    per channel, or has transparency.
+  """
+  with reading(f'{where}: cannot read {file}'), warnings.catch_warnings():
     warnings.simplefilter('error', Image.DecompressionBombWarning)
     if not file.is_file():  # opening a pipe would block
       raise OSError('not a file')

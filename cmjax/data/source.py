@@ -92,6 +92,17 @@ def as_uint8(source: Source, x0: np.ndarray) -> np.ndarray:
   return np.rint(unit * 255).astype(np.uint8)
 
 
+def from_uint8(source: Source, pixels: np.ndarray) -> np.ndarray:
+  """Pixels uint8[N, ...] -> x0 f32[N, ...]: 0 is `low` and 255 `high`, as `as_uint8`.
+
+  Raises: ValueError if the range of the data is infinite.
+  """
+  if not np.isfinite(source.high - source.low):
+    raise ValueError(f'{source.name} has no range of values, so that pixels have none')
+  stored = source.low + pixels.astype(np.float32) / 255 * (source.high - source.low)
+  return as_x0(source, stored)
+
+
 def one_hot(source: Source, index: np.ndarray) -> np.ndarray:
   """One-hot labels f32[N, classes] of the examples i[N].
 

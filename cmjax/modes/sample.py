@@ -20,7 +20,7 @@ def run(flags: argparse.Namespace) -> None:
   )
   source = opened.source
   if flags.labels:
-    source = _with_labels(source, flags.labels)
+    source = with_labels(source, flags.labels)
     opened = opened._replace(source=source)
   opened = for_sampling(opened, flags.samplers)
   folder = unused(beside(opened) / 'samples' / f'step_{opened.step:08d}')
@@ -48,8 +48,8 @@ def run(flags: argparse.Namespace) -> None:
   logs.say(f'{folder / "all.png"}; each sampler also has a .png and an .npz')
 
 
-def _with_labels(source: Source, text: str) -> Source:
-  """The source with the labels of --labels, for samples to be conditioned on."""
+def with_labels(source: Source, text: str) -> Source:
+  """The source with the labels of --labels, to condition on."""
   labels = text.split(',')
   if not source.classes:
     raise UserError('--labels: this model has no classes; leave it out')

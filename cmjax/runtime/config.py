@@ -173,7 +173,7 @@ def _record(
     value: Any = config[name]
     if key.kind in (bool, int, float, str):
       build.check_value(value, key.kind, path)
-      if key.bounds:
+      if key.bounds and not (weights_alone and name == 'total_images'):  # 0: unknown
         _check_bounds(value, key.bounds, path)
       if key.one_of and value not in key.one_of.choices:
         choices = ', '.join(key.one_of.choices)

@@ -11,6 +11,7 @@ import cmjax
 MODES = {  # one line each, for --help
   'train': 'train, or continue the run in --workdir',
   'sample': 'draw samples with every sampler, as pictures and .npz files',
+  'edit': 'edit the images of --input: --edit=inpaint, colourise, ...',
   'evaluate': 'draw samples and compute every metric, as a table',
   'search': 'find the noise levels, or a number, of a sampler that measure best',
   'study': 'measure the weights at each sigma, as tables and plots',
@@ -19,6 +20,15 @@ MODES = {  # one line each, for --help
   'compile': 'compile the training step for the TPUs of --topology',
   'dry_run': 'build and print everything without training',
   'configs': 'list the configs that ship with cmjax',
+}
+EDITS = {  # one line each, for --help
+  'inpaint': 'fill the white part of --mask',
+  'colourise': 'colour images, of which the grey values are kept',
+  'super_resolution': 'add detail; the means of --factor x --factor pixels are kept',
+  'stroke': 'a realistic image of strokes: noise of --sigma=5.38,2.24 is added',
+  'denoise': 'remove noise whose standard deviation is --sigma',
+  'interpolate': '--steps images from --input to --second, or between two random ones',
+  'reconstruct': 'find the noise of an image, and its image again',
 }
 CACHE = str(Path.home() / '.cache' / 'cmjax' / platform.node())
 
@@ -75,11 +85,12 @@ def names_code(flags: argparse.Namespace) -> bool:
 def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
   """The parser, and the names of its flags."""
   modes = '\n'.join(f'  {mode:10}{text}' for mode, text in MODES.items())
+  edits = '\n'.join(f'  {edit:18}{text}' for edit, text in EDITS.items())
   parser = _Parser(
     prog='cmjax',
     allow_abbrev=False,
     usage='cmjax --config=NAME --workdir=DIR [--mode=MODE] [--config.KEY=VALUE ...]',
-    epilog=f'modes:\n{modes}',
+    epilog=f'modes:\n{modes}\n\nedits:\n{edits}',
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   names = ['--help']
@@ -101,7 +112,17 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
   add('debug', action='store_true', help='print the full traceback of every error')
   text('trust', 'A,B', 'packages whose functions a stored config may name')
   text('samplers', 'A,B', 'with --mode=sample or evaluate: which; all if empty')
-  text('labels', '0,3,7', 'with --mode=sample: the classes to draw')
+  text('labels', '0,3,7', 'with --mode=sample and edit: one class per image, or none')
+  add('edit', default='', choices=EDITS, metavar='EDIT', help='with --mode=edit')
+  text('input', 'PATH', 'with --mode=edit: an image, or a folder of images')
+  text('mask', 'FILE', 'with --edit=inpaint: an image, white where to generate')
+  number('factor', 0, 'with --edit=super_resolution: 2, 4, 8, ...')
+  text(
+    'sigma', 'A,B', 'with --edit=stroke, denoise: noise levels, of pixels in [-1, 1]'
+  )
+  number('steps', 0, 'with --mode=edit: noise levels (default: 40) or images (10)')
+  text('second', 'FILE', 'with --edit=interpolate: the last image')
+  text('denoiser', 'PATH', 'of --edit=interpolate, reconstruct: a diffusion model')
   text('from', 'PATH', 'with --mode=port: a run, a checkpoint or a released file')
   text('to', 'PATH', 'with --mode=port: a new folder, or FILE.safetensors')
   text('form', 'FORM', 'kind of an OpenAI checkpoint: denoiser or consistency')

@@ -169,12 +169,24 @@ def _finite(value: Any) -> Any:
   return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_png(path: str | Path, image: np.ndarray) -> None:
-  """Writes u8[H, W, 3]; creates the folder."""
+def write_png(
+  path: str | Path, image: np.ndarray, later: Sequence[np.ndarray] = ()
+) -> None:
+  """Writes u8[H, W, 3] or grey u8[H, W]; creates the folder.
+
+  With `later` images of the same size, the file is an animation of about four seconds
+  that shows the last for one more.
+  """
   from PIL import Image
 
   Path(path).parent.mkdir(parents=True, exist_ok=True)
-  Image.fromarray(image).save(path)
+  animation: dict[str, Any] = {}
+  if len(later):
+    duration = max(40, min(500, 4000 // len(later)))  # in ms, of each
+    animation['duration'] = [duration] * len(later) + [duration + 1000]
+    animation['append_images'] = [Image.fromarray(frame) for frame in later]
+    animation |= dict(save_all=True, loop=0)
+  Image.fromarray(image).save(path, **animation)
 
 
 def grid(images: np.ndarray, columns: int, cell: int = 48) -> np.ndarray:
