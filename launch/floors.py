@@ -1,6 +1,6 @@
-"""Draws the floors of the package from its imports, for README.md.
+"""Draws the floors of the package from its imports, for cmjax/README.md.
 
-Usage: python launch/floors.py [--write]   (--write: into README.md, else to stdout)
+Usage: python launch/floors.py [--write]   (--write: into the README, else to stdout)
 
 The floors are `FLOORS` of tests/test_house.py, which checks that imports point down.
 """
@@ -14,7 +14,7 @@ import sys
 import textwrap
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / 'README.md'
+README = ROOT / 'cmjax' / 'README.md'
 WIDTH = 100
 BEGIN, END = '<!-- python launch/floors.py --write -->\n```\n', '\n```\n<!-- end -->'
 
@@ -67,14 +67,14 @@ def placed(text: str, picture: str) -> str:
   before, begin, rest = text.partition(BEGIN)
   _, end, after = rest.partition(END)
   if not begin or not end:
-    raise SystemExit(f'README.md: needs the line {BEGIN.splitlines()[0]} and its end')
+    raise SystemExit(f'{README}: needs the line {BEGIN.splitlines()[0]} and its end')
   return f'{before}{begin}{picture}{end}{after}'
 
 
 def main() -> None:
-  """Prints the drawing, or writes it into README.md."""
+  """Prints the drawing, or writes it into cmjax/README.md."""
   flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  flags.add_argument('--write', action='store_true', help='into README.md')
+  flags.add_argument('--write', action='store_true', help='into cmjax/README.md')
   if not flags.parse_args().write:
     print(current())
     return

@@ -1,0 +1,143 @@
+"""`--mode=search`: it improves a metric, stores what it found, and others use it."""
+
+import json
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from cmjax import main, oracles
+from cmjax.core import Model, Network
+from cmjax.metrics.metric import Metric
+from cmjax.modes import search
+from cmjax.runtime.config import ConfigDict
+from tests.test_main import SMALL
+
+BEST = 1.7  # where `distance_of_sigma` is least
+
+
+def distance_of_last_sigma() -> Metric:
+  """(ln m - ln BEST)^2 for samples that are all m."""
+
+  def features(params, x, labels):
+    return {'x': x}
+
+  def values(samples, data):
+    found = np.mean(np.concatenate([batch['x'] for batch in samples]))
+    return {'distance': float((np.log(found) - np.log(BEST)) ** 2), 'size': float(found)}
+
+  return Metric((), features, values, needs_data=False)
+
+
+def last_sigma(network: Network) -> Model:
+  """A model that returns its noise level, which is so the last of a sampler."""
+  return lambda params, x, sigma, cond, /, *, key=None: 0 * x + sigma[:, None]
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+  """A run of points, sampled by the model and measured by the metric above."""
+  folder = tmp_path_factory.mktemp('search')
+  command = [
+    '--config=edm:toy2d',
+    f'--workdir={folder / "run"}',
+    *('--config.total_images=8', '--config.batch_size=8', '--config.network.width=8'),
+    *('--config.every.picture_steps=0', '--config.evaluation.num_samples=4'),
+  ]
+  assert main.main(command) == 0
+  return folder / 'run'
+
+
+def searched(run, *flags):
+  few = ['--config.search.num_samples=4', '--trust=tests']
+  return main.main(
+    [
+      *('--mode=search', f'--workdir={run}', *few),
+      '--config.precond.fn=tests.test_search_mode:last_sigma',
+      '--config.metrics.frechet.fn=tests.test_search_mode:distance_of_last_sigma',
+      '--config.samplers.few.fn=cmjax.samplers:multistep',
+      '--config.samplers.few.sigmas=(80.0,)',
+      *flags,
+    ]
+  )
+
+
+def test_search_finds_the_best_noise_level_in_few_evaluations(run, capsys):
+  assert searched(run, '--config.search.num_steps=3') == 0
+  out = capsys.readouterr().out
+  stored = json.loads((run / 'searched' / 'best_2.json').read_text())
+  first, second = stored['sampler']['sigmas']
+  assert first == 80
+  assert second == pytest.approx(BEST, rel=0.02)
+  assert stored['searched']['distance'] < 4e-4  # of ln BEST, within 2 %
+  curve = stored['searched']['curve']
+  assert 4 <= len(curve) <= 15
+  assert [row['last_sigma'] for row in curve] == sorted(r['last_sigma'] for r in curve)
+  # The third noise level lies below the second.
+  third = json.loads((run / 'searched' / 'best_3.json').read_text())['sampler']['sigmas']
+  assert third[:2] == [first, second]
+  assert third[2] < second
+  assert '--samplers=best_2,best_3' in out
+  text = (run / 'searched' / 'best_2.md').read_text()
+  assert text.count('\n') == len(curve) + 1
+  with Image.open(run / 'searched' / 'best_2.png') as picture:
+    assert np.asarray(picture).std() > 0
+
+
+def test_what_was_found_is_used_by_name_and_not_overwritten(run, capsys):
+  if not (run / 'searched').exists():
+    assert searched(run) == 0
+  before = (run / 'searched' / 'best_2.json').read_bytes()
+  assert searched(run) == 0
+  assert (run / 'searched' / 'best_2.json').read_bytes() == before
+  assert (run / 'searched' / 'best_2_2.json').exists()
+  capsys.readouterr()
+  command = [f'--workdir={run}', '--mode=evaluate', '--samplers=best_2,heun']
+  assert main.main([*command, '--config.evaluation.num_seeds=1']) == 0
+  lines = capsys.readouterr().out.splitlines()
+  rows = [line.split(' | ')[:2] for line in lines if line.startswith('| ')][2:]
+  assert rows == [['| best_2', '2'], ['| heun', '35']]
+  command = [f'--workdir={run}', '--mode=sample', '--samplers=best_9']
+  assert main.main(command) == 2
+  assert "no sampler 'best_9'; known: heun, one_step, best_2" in capsys.readouterr().err
+
+
+def test_search_varies_a_number_and_can_maximise(run):
+  phased = (
+    '--config.samplers.jumps.fn=cmjax.samplers:phased',
+    '--config.samplers.jumps.edges=(1.0,)',
+    '--config.samplers.jumps.skip=1.0',
+  )
+  arguments = (*phased, '--config.search.key=skip', '--config.search.low=0.5')
+  assert searched(run, *arguments, '--config.search.high=1.0') == 0
+  stored = json.loads((run / 'searched' / 'best_skip.json').read_text())
+  # The last noise level is skip times 1, so that the largest is the closest to BEST.
+  assert stored['sampler']['skip'] == pytest.approx(1, abs=0.02)
+  arguments += ('--config.search.metric=size', '--config.search.high=0.8')
+  assert searched(run, *arguments, '--config.search.maximise=True') == 0
+  stored = json.loads((run / 'searched' / 'best_skip_2.json').read_text())
+  assert stored['sampler']['skip'] == pytest.approx(0.8, abs=0.02)
+  assert stored['searched']['size'] == pytest.approx(0.8, abs=0.02)
+
+
+BAD = {
+  'seed of an evaluation': (['--config.search.seed=2'], r'config\.search\.seed: 2'),
+  'unknown sampler': (['--config.search.sampler=many'], "no sampler 'many'"),
+  'unknown key': (['--config.search.key=skip'], "no key 'skip'"),
+  'unknown metric': (['--config.search.metric=fid'], "no 'fid'; known: distance, size"),
+  'no range': (
+    ['--config.search.sampler=heun', '--config.search.key=rho'],
+    'must be the range of rho',
+  ),
+  'one step': (['--config.search.num_steps=1'], 'num_steps: must be between 2'),
+  'two evaluations': (['--config.search.max_evaluations=2'], 'max_evaluations'),
+}
+
+
+@pytest.mark.parametrize('name', BAD)
+def test_mistakes_are_one_line(run, capsys, name):
+  flags, message = BAD[name]
+  assert searched(run, *flags) == 2
+  captured = capsys.readouterr().err.splitlines()
+  assert len(captured) == 1
+  assert __import__('re').search(message, captured[0]), captured[0]
