@@ -25,7 +25,7 @@ _VERSION = '1'  # of the network and of the code below; another one fits again
 def classifier(
   *,
   source: Source,
-  num_steps: int = 400,
+  num_steps: int = 300,
   batch_size: int = 128,
   learning_rate: float = 2e-3,
   seed: int = 0,
