@@ -1,5 +1,7 @@
 """A classifier fitted to the labels of the data, as a feature network; cached."""
 
+from collections.abc import Callable
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import optax
 from cmjax import checks
 from cmjax.core import Array, Params
 from cmjax.data.source import Source, batch_at, bounds
-from cmjax.metrics.feature_network import FeatureNetwork
+from cmjax.metrics.feature_network import FeatureNetwork, quantised
 from cmjax.networks import classifier as network
 from cmjax.runtime import logs
 from cmjax.runtime.feature_store import cache_folder, digest
@@ -23,7 +25,7 @@ _VERSION = '1'  # of the network and of the code below; another one fits again
 def classifier(
   *,
   source: Source,
-  num_steps: int = 400,
+  num_steps: int = 300,
   batch_size: int = 128,
   learning_rate: float = 2e-3,
   seed: int = 0,
@@ -57,7 +59,9 @@ def classifier(
     raise ValueError('classifier: needs data in a bounded range')
   size = min(batch_size, len(source.examples))
   settings = (num_steps, size, learning_rate, seed)
-  like = jax.eval_shape(lambda: _init(source, seed))
+  like = jax.eval_shape(
+    lambda: network.init(jax.random.key(0), _shape(source), source.classes)
+  )
   folder = cache_folder().parent / 'classifiers'
   path = folder / f'{_identity(source, settings)}.npz'
   params = _cached(path, like)
@@ -80,39 +84,47 @@ def _shape(source: Source) -> tuple[int, int, int]:
   return height, width, channels
 
 
-def _init(source: Source, seed: int) -> Params:
-  return network.init(jax.random.key(seed), _shape(source), source.classes)
-
-
 def _fit(
   source: Source, limits: tuple[float, float], settings: tuple[int, int, float, int]
 ) -> Params:
   num_steps, batch_size, learning_rate, seed = settings
+  init, step = _compiled(
+    _shape(source), source.classes, limits, num_steps, learning_rate
+  )
+  params, state = init(jax.random.key(seed))
+  # Steps are separate calls: in a compiled loop, gradients of convolutions are slow on
+  # CPUs.
+  for i in range(num_steps):
+    batch = batch_at(source, seed, i, batch_size)
+    params, state = step(params, state, batch.x0, batch.cond)
+  return jax.tree.map(np.asarray, params)
+
+
+@functools.lru_cache(maxsize=2)
+def _compiled(
+  shape: tuple[int, int, int],
+  classes: int,
+  limits: tuple[float, float],
+  num_steps: int,
+  learning_rate: float,
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+  """The initialisation of parameters and optimiser, and a step of both."""
   tx = optax.adam(optax.cosine_decay_schedule(learning_rate, num_steps))
 
-  @jax.jit
-  def init():
-    params = _init(source, seed)
+  def init(key):
+    params = network.init(key, shape, classes)
     return params, tx.init(params)
 
   def loss(params: Params, images: Array, labels: Array) -> Array:
     logits = network.classifier(params, images)['logits']
     return jnp.mean(optax.softmax_cross_entropy(logits, labels))
 
-  @jax.jit
   def step(params, state, x, labels):
-    low, high = limits
-    gradient = jax.grad(loss)(params, (x - low) * (255 / (high - low)), labels)
+    gradient = jax.grad(loss)(params, quantised(x, limits, 'float'), labels)
     updates, state = tx.update(gradient, state, params)
     return optax.apply_updates(params, updates), state
 
-  # Steps are separate calls: in a compiled loop, gradients of convolutions are slow on
-  # CPUs.
-  params, state = init()
-  for i in range(num_steps):
-    batch = batch_at(source, seed, i, batch_size)
-    params, state = step(params, state, batch.x0, batch.cond)
-  return jax.tree.map(np.asarray, params)
+  return jax.jit(init), jax.jit(step)
 
 
 def _identity(source: Source, settings: tuple) -> str:
