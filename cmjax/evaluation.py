@@ -16,6 +16,7 @@ from cmjax.core import Array, Params, UserError
 from cmjax.data.source import Source, as_x0, bounds
 from cmjax.metrics.metric import Batches, Metric
 from cmjax.runtime import build, logs, sharding
+from cmjax.runtime.errors import part_errors
 from cmjax.runtime.feature_store import FeatureStore, cache_folder, digest
 from cmjax.runtime.functions import parameters
 from cmjax.samplers import Sampler
@@ -210,6 +211,8 @@ def build_metrics(subject: Subject, key: str = 'evaluation') -> dict[str, Metric
   if any('real' in _keywords(part, name) for name, part in config.metrics.items()):
     given['real'] = as_x0(source, source.examples)  # a copy of all data as floats
   metrics = build.build_each(config.metrics, 'config.metrics', Metric, **given)
+  x = jax.ShapeDtypeStruct((1, *source.shape), jnp.float32)
+  labels = None if source.labels is None else jax.ShapeDtypeStruct((1,), jnp.int32)
   num_samples = getattr(config, key).num_samples
   for name, metric in metrics.items():
     if metric.min_samples > num_samples:
@@ -217,6 +220,8 @@ def build_metrics(subject: Subject, key: str = 'evaluation') -> dict[str, Metric
         f'config.{key}.num_samples: {num_samples}, and '
         f'config.metrics.{name} needs at least {metric.min_samples}'
       )
+    with part_errors(f'config.metrics.{name}'):
+      jax.eval_shape(metric.features, metric.params, x, labels)
   return metrics
 
 

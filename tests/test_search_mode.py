@@ -1,17 +1,15 @@
 """`--mode=search`: it improves a metric, stores what it found, and others use it."""
 
 import json
+import re
 
 import numpy as np
 from PIL import Image
 import pytest
 
-from cmjax import main, oracles
+from cmjax import main
 from cmjax.core import Model, Network
 from cmjax.metrics.metric import Metric
-from cmjax.modes import search
-from cmjax.runtime.config import ConfigDict
-from tests.test_main import SMALL
 
 BEST = 1.7  # where `distance_of_sigma` is least
 
@@ -24,13 +22,17 @@ def distance_of_last_sigma() -> Metric:
 
   def values(samples, data):
     found = np.mean(np.concatenate([batch['x'] for batch in samples]))
-    return {'distance': float((np.log(found) - np.log(BEST)) ** 2), 'size': float(found)}
+    return {
+      'distance': float((np.log(found) - np.log(BEST)) ** 2),
+      'size': float(found),
+    }
 
   return Metric((), features, values, needs_data=False)
 
 
-def last_sigma(network: Network) -> Model:
+def last_sigma(network: Network, *, sigma_data: float = 0.5) -> Model:
   """A model that returns its noise level, which is so the last of a sampler."""
+  del network, sigma_data
   return lambda params, x, sigma, cond, /, *, key=None: 0 * x + sigma[:, None]
 
 
@@ -74,7 +76,9 @@ def test_search_finds_the_best_noise_level_in_few_evaluations(run, capsys):
   assert 4 <= len(curve) <= 15
   assert [row['last_sigma'] for row in curve] == sorted(r['last_sigma'] for r in curve)
   # The third noise level lies below the second.
-  third = json.loads((run / 'searched' / 'best_3.json').read_text())['sampler']['sigmas']
+  third = json.loads((run / 'searched' / 'best_3.json').read_text())['sampler'][
+    'sigmas'
+  ]
   assert third[:2] == [first, second]
   assert third[2] < second
   assert '--samplers=best_2,best_3' in out
@@ -140,4 +144,4 @@ def test_mistakes_are_one_line(run, capsys, name):
   assert searched(run, *flags) == 2
   captured = capsys.readouterr().err.splitlines()
   assert len(captured) == 1
-  assert __import__('re').search(message, captured[0]), captured[0]
+  assert re.search(message, captured[0]), captured[0]
