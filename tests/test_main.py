@@ -389,6 +389,7 @@ COMMANDS = {
     '--config.studies.gradient_noise.num_batches=2',
     '--config.studies.jvp_precision.num_samples=4',
     '--config.studies.discrete_limit.num_samples=4',
+    '--config.studies.likelihood.num_samples=4',
   ],
   'sample': ['--mode=sample', '--workdir=@/SAMPLED'],
   'list configs': ['--mode=configs'],
@@ -785,6 +786,7 @@ def test_a_study_is_tables_and_pictures(answers, place):
     'gradient_noise',
     'jvp_precision',
     'discrete_limit',
+    'likelihood',
   }
   for name, rows in found['studies'].items():
     assert rows
