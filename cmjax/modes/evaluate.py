@@ -13,6 +13,7 @@ from cmjax.core import Params, UserError, unused
 from cmjax.data.source import Source, as_uint8, as_x0
 from cmjax.metrics.metric import Metric
 from cmjax.runtime import logs
+from cmjax.runtime.config import Config
 from cmjax.runtime.feature_store import FeatureStore
 from cmjax.runtime.reopen import beside, facts, for_sampling, reopen_for
 from cmjax.runtime.run import Run
@@ -162,8 +163,8 @@ def run(flags: argparse.Namespace) -> None:
   conventions = [f'{name}: {text}' for name, text in _conventions(metrics).items()]
   text = '\n'.join(
     (
-      f'{opened.source.name}, step {opened.step:,}, weights '
-      f'{opened.config.sample_weights}, {seeds}, labels {settings.labels}',
+      f'{opened.source.name}, step {opened.step:,}, weights {_weights(opened.config)}, '
+      f'{seeds}, labels {settings.labels}',
       *conventions,
       f'\n{page(rows)}\n',
     )
@@ -173,6 +174,11 @@ def run(flags: argparse.Namespace) -> None:
   logs.write_json(path, facts_of)
   path.with_suffix('.md').write_text(text, encoding='utf-8')
   logs.say(f'{text}\n{path} and .md')
+
+
+def _weights(config: Config) -> str:
+  width = config.sample_relative_std
+  return f'of relative width {width:g}' if width else config.sample_weights
 
 
 def _conventions(metrics: Mapping[str, Metric]) -> dict[str, str]:
