@@ -292,7 +292,7 @@ HOSTILE = [
   ('cmjax.runtime.build:build', dict(where='x')),
   ('cmjax.main:main', dict(argv=('--help',))),
   ('cmjax.runtime.checkpoint:save_weights', dict(workdir='{marker}', step=1)),
-  ('cmjax.runtime.logs:write_png', dict(path='{marker}')),
+  ('cmjax.runtime.results:write_png', dict(path='{marker}')),
   ('cmjax.data.source:np.save', dict(file='{marker}')),
   ('cmjax.data:os', {}),
   ('cmjax.data:_images', {}),

@@ -51,6 +51,27 @@ def test_a_sample_depends_on_its_index_and_the_seed_alone(one_device):
   np.testing.assert_array_equal(painted, first.labels)
 
 
+def test_noise_of_a_sample_is_the_same_to_the_bit_however_it_is_drawn(one_device):
+  source = points(oracle=oracles.ring(), num_samples=8)  # unbounded, not clipped
+
+  def noise(params, x, t, cond, *, key=None):
+    return x
+
+  drawn = [
+    sampling.draw(
+      opened(source, noise, mesh, batch_size),
+      None,
+      samplers.one_step(),
+      num_samples=50,
+      seed=3,
+    ).x
+    for mesh in (one_device, sharding.data_mesh())
+    for batch_size in (16, 64)
+  ]
+  for other in drawn[1:]:
+    np.testing.assert_array_equal(other, drawn[0])
+
+
 def test_samples_are_clipped_to_the_range_of_the_data(one_device):
   source = digits()
 

@@ -36,7 +36,7 @@ DOORS = {
   'tensorboardX': ['runtime.logs'],
   'tqdm': ['runtime.logs'],
   'matplotlib': ['runtime.logs'],
-  'PIL': ['runtime.logs', 'data.files'],
+  'PIL': ['runtime.results', 'data.files'],
   'sklearn': ['data.digits', 'metrics.pixels'],
   'optax': [
     *('optimizers', 'studies.*', 'train', 'modes.bench'),

@@ -10,7 +10,7 @@ from PIL import Image
 import pytest
 from tensorboard.backend.event_processing import event_accumulator
 
-from cmjax.runtime import logs
+from cmjax.runtime import logs, results
 
 WHITE = 255
 BLUE = (0x1F, 0x77, 0xB4)  # matplotlib's first colour, C0
@@ -88,7 +88,7 @@ def test_a_sheet_has_its_panels_one_below_the_other():
 
 def test_a_png_holds_the_pixels_and_its_folders_are_made(tmp_path):
   image = noise(5, 7, 3)
-  logs.write_png(tmp_path / 'a' / 'b' / 'c.png', image)
+  results.write_png(tmp_path / 'a' / 'b' / 'c.png', image)
   with Image.open(tmp_path / 'a' / 'b' / 'c.png') as found:
     np.testing.assert_array_equal(np.asarray(found), image)
 
@@ -297,7 +297,7 @@ def test_long_work_reports_its_progress(capsys, monkeypatch):
 
 def test_json_has_null_for_numbers_that_are_not_finite(tmp_path):
   path = tmp_path / 'new' / 'facts.json'
-  logs.write_json(path, {'a': [1.5, math.nan], 'b': {'c': (math.inf, 'x')}})
+  results.write_json(path, {'a': [1.5, math.nan], 'b': {'c': (math.inf, 'x')}})
   assert json.loads(path.read_text()) == {'a': [1.5, None], 'b': {'c': [None, 'x']}}
 
 

@@ -27,14 +27,17 @@ SMALL = [
 ]
 
 
-def launched(processes, devices, *arguments):
+NO_PICTURES = ['--config.every.picture_steps=0']
+
+
+def launched(processes, devices, *arguments, small=SMALL):
   """A pod that was started; `cmjax` is that of this Python."""
   flags = os.environ['XLA_FLAGS'].replace('device_count=8', f'device_count={devices}')
   path = f'{Path(sys.executable).parent}:{os.environ["PATH"]}'
   command = ['cmjax'] if processes == 1 else ['launch/local_pod.sh']
   command += [] if processes == 1 else [str(processes), str(devices)]
   return subprocess.Popen(
-    [*command, *SMALL, *arguments],
+    [*command, *small, *arguments],
     cwd=ROOT,
     env=os.environ | {'PATH': path, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': flags},
     stdout=subprocess.PIPE,
@@ -76,6 +79,27 @@ def test_two_processes_of_four_devices_are_one_of_eight(fsdp, tmp_path):
   pictures = (tmp_path / str(n) / 'pictures' / 'heun_00000050.png' for n in (1, 2))
   a, b = (np.asarray(Image.open(path), int) for path in pictures)
   assert np.max(np.abs(a - b)) <= 1  # levels of grey
+
+
+def test_two_processes_measure_what_one_does(tmp_path):
+  run = f'--workdir={tmp_path / "run"}'
+  text = output(launched(1, 2, run, '--config.total_images=64', *NO_PICTURES))
+  assert 'done:' in text
+  evaluation = ['--mode=evaluate', '--config.evaluation.num_samples=40', run]
+  evaluation += ['--config.evaluation.num_seeds=1', '--config.evaluation.batch_size=16']
+  found = []
+  for processes in (1, 2):
+    pod = launched(processes, 2, *evaluation, small=())
+    text = output(pod)
+    assert pod.returncode == 0, text
+    assert text.count('evaluation_00000002') == 1, text  # by the first process only
+    path = sorted((tmp_path / 'run').glob('evaluation_*.json'))[-1]
+    found.append(json.loads(path.read_text())['rows'])
+  assert len(list((tmp_path / 'run').glob('evaluation_*.json'))) == 2
+  for a, b in zip(*found, strict=True):
+    assert b['label_agreement'] == a['label_agreement']
+    assert b['pixel_frechet'] == pytest.approx(a['pixel_frechet'], rel=1e-6)
+  assert not (tmp_path / 'run' / 'evaluation.unfinished').exists()
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import optax
 
 from cmjax import train
 from cmjax.core import Batch, Loss, Model, Nets, TrainState, streams, unused
-from cmjax.runtime import build, logs, workdir
+from cmjax.runtime import build, logs, results, workdir
 from cmjax.runtime.flops import PEAKS, flops
 from cmjax.runtime.run import Run, prepare
 from cmjax.runtime.state import random_state
@@ -278,5 +278,5 @@ def run(flags: argparse.Namespace) -> None:
   logs.say(report(result))
   if folder:
     path = unused(folder / 'bench', '.json')
-    logs.write_json(path, result | {'config': config.to_dict()})
+    results.write_json(path, result | {'config': config.to_dict()})
     logs.say(f'\n{path}')

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 
 from cmjax.core import UserError, first_line, unused
-from cmjax.runtime import build, logs, sharding, topology
+from cmjax.runtime import build, logs, results, sharding, topology
 from cmjax.runtime.batches import abstract_batch
 from cmjax.runtime.collectives import Collective, collectives
 from cmjax.runtime.config_json import to_json
@@ -193,8 +193,8 @@ def run(flags: argparse.Namespace) -> int:
   logs.say(text)
   if workdir:
     path = unused(workdir / f'compile_{re.sub(r"[:*]", "_", name)}', '.json')
-    logs.write_json(path, result)
-    path.with_suffix('.md').write_text(text + '\n', encoding='utf-8')
+    results.write_json(path, result)
+    results.write_text(path.with_suffix('.md'), text + '\n')
     logs.say(f'\n{path} and .md')
   return 0 if result['fits'] else 1
 

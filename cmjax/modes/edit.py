@@ -13,7 +13,7 @@ from cmjax.data.inputs import read_inputs, read_one
 from cmjax.data.source import Source, as_uint8, from_uint8
 from cmjax.modes import edits, sample
 from cmjax.modes.edits import Compute, Rows
-from cmjax.runtime import logs, sharding
+from cmjax.runtime import logs, results, sharding
 from cmjax.runtime.reopen import Opened, beside, reopen_for
 
 CELL = 192  # pixels of an image in the pictures of one image
@@ -42,8 +42,8 @@ def run(flags: argparse.Namespace) -> None:
   panels: dict[str, list[np.ndarray]] = {}
   errors = []
   batches = _batches(opened, x0, end, labels, flags.edit == 'interpolate')
-  results = _results(opened, compute, params, batches)
-  for name, y, result in zip(names, x0, results):
+  edited = _edited(opened, compute, params, batches)
+  for name, y, result in zip(names, x0, edited):
     if not np.all(np.isfinite(result.x)):
       raise UserError(f'{name}: the model returns values that are not finite')
     images = _images(source, y, result, flags)
@@ -56,7 +56,7 @@ def run(flags: argparse.Namespace) -> None:
   if flags.edit == 'interpolate':
     columns = len(panels['images']) // min(len(names), most_pictured)
   sheet = {title: logs.grid(np.stack(p), columns) for title, p in panels.items()}
-  logs.write_png(folder / 'all.png', logs.sheet(sheet))
+  results.write_png(folder / 'all.png', logs.sheet(sheet))
   worst = f'; largest {edits.ERRORS[flags.edit]}: {max(errors):.1e}' if errors else ''
   logs.say(f'{folder / "all.png"}; each image has a folder there{worst}')
 
@@ -105,7 +105,7 @@ def _batches(
   return batches
 
 
-def _results(
+def _edited(
   opened: Opened, compute: Compute, params: Any, batches: Sequence[Rows]
 ) -> Iterator[Any]:
   """The `Result` of each image, as NumPy arrays without the first axis.
@@ -151,16 +151,17 @@ def _write(
 ) -> None:
   """Writes the result, its pictures and its arrays."""
   final = as_uint8(source, result.x)
-  logs.write_png(folder / 'result.png', final[..., 0] if final.shape[2] == 1 else final)
+  flat = final[..., 0] if final.shape[2] == 1 else final
+  results.write_png(folder / 'result.png', flat)
   row = np.stack([image for of_title in images.values() for image in of_title])
-  logs.write_png(folder / 'before_after.png', logs.grid(row, len(row), CELL))
+  results.write_png(folder / 'before_after.png', logs.grid(row, len(row), CELL))
   arrays: dict[str, Any] = {'input': y, 'result': result.x}
   if result.steps is not None:
     frames = [logs.grid(x[None], 1, CELL) for x in as_uint8(source, result.steps)]
-    logs.write_png(folder / 'steps.png', frames[0], frames[1:])
+    results.write_png(folder / 'steps.png', frames[0], frames[1:])
     arrays['steps'] = result.steps
   if result.given is not None:
     arrays['known'] = result.given
   if result.error is not None:
     arrays['error'] = result.error
-  np.savez(folder / 'arrays.npz', **arrays)
+  results.write_arrays(folder / 'arrays.npz', arrays)

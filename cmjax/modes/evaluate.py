@@ -6,13 +6,14 @@ from pathlib import Path
 import statistics
 from typing import Any
 
+import jax
 import numpy as np
 
 from cmjax import evaluation
 from cmjax.core import Params, UserError, unused
 from cmjax.data.source import Source, as_uint8, as_x0
 from cmjax.metrics.metric import Metric
-from cmjax.runtime import logs
+from cmjax.runtime import logs, results
 from cmjax.runtime.config import Config
 from cmjax.runtime.feature_store import FeatureStore
 from cmjax.runtime.reopen import beside, facts, for_sampling, reopen_for
@@ -65,10 +66,11 @@ def table(
       'samples': settings.num_samples,
     }
     rows.append(row | _over_seeds(measured, name))
-  for store in finished:
-    store.remove()
-  if folder and folder.is_dir() and not any(folder.iterdir()):
-    folder.rmdir()
+  if folder and jax.process_index() == 0:
+    for store in finished:
+      store.remove()
+    if folder.is_dir() and not any(folder.iterdir()):
+      folder.rmdir()
   return rows
 
 
@@ -171,8 +173,8 @@ def run(flags: argparse.Namespace) -> None:
   )
   path = unused(folder / f'evaluation_{opened.step:08d}', '.json')
   facts_of = facts(opened, rows=rows, conventions=_conventions(metrics))
-  logs.write_json(path, facts_of)
-  path.with_suffix('.md').write_text(text, encoding='utf-8')
+  results.write_json(path, facts_of)
+  results.write_text(path.with_suffix('.md'), text)
   logs.say(f'{text}\n{path} and .md')
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from cmjax.core import UserError, unused
 from cmjax.data.source import Source, as_x0
 from cmjax.modes import evaluate
-from cmjax.runtime import logs
+from cmjax.runtime import logs, results
 from cmjax.runtime.reopen import beside, for_sampling, reopen_for
 from cmjax.sampling import draw
 
@@ -39,12 +39,12 @@ def run(flags: argparse.Namespace) -> None:
     )
     image = evaluate.picture(source, drawn.x)
     panels[f'{name}, network evaluations per sample: {drawn.evaluations}'] = image
-    logs.write_png(folder / f'{name}.png', image)
+    results.write_png(folder / f'{name}.png', image)
     arrays: dict[str, Any] = {'images': drawn.x, 'evaluations': drawn.evaluations}
     if drawn.labels is not None:
       arrays['labels'] = drawn.labels
-    np.savez(folder / f'{name}.npz', **arrays)
-  logs.write_png(folder / 'all.png', logs.sheet(panels))
+    results.write_arrays(folder / f'{name}.npz', arrays)
+  results.write_png(folder / 'all.png', logs.sheet(panels))
   logs.say(f'{folder / "all.png"}; each sampler also has a .png and an .npz')
 
 

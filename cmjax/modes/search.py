@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from cmjax import evaluation
 from cmjax.core import UserError, unused
-from cmjax.runtime import build, logs
+from cmjax.runtime import build, logs, results
 from cmjax.runtime.config import ConfigDict
 from cmjax.runtime.reopen import (
   SEARCHED,
@@ -48,9 +48,10 @@ def run(flags: argparse.Namespace) -> None:
     points = [{axis: x, trials.metric: y} for x, y in curve]
     result = {'key': trials.key, 'best': best, trials.metric: value, 'curve': points}
     sampler = trials.part(best).to_dict()
-    logs.write_json(path, facts(trials.opened, sampler=sampler, searched=result))
-    logs.write_png(path.with_suffix('.png'), logs.curves(points, axis, [trials.metric]))
-    path.with_suffix('.md').write_text(logs.markdown_table(points), encoding='utf-8')
+    results.write_json(path, facts(trials.opened, sampler=sampler, searched=result))
+    plot = logs.curves(points, axis, [trials.metric])
+    results.write_png(path.with_suffix('.png'), plot)
+    results.write_text(path.with_suffix('.md'), logs.markdown_table(points))
     rows.append({'name': path.stem, trials.key: shown(best), trials.metric: value})
   logs.say(f'\n{logs.markdown_table(rows)}\n\n{folder}: each with .json, .md and .png')
   if trials.key == WIDTH:

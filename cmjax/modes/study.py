@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from cmjax.core import UserError, unused
-from cmjax.runtime import build, logs
+from cmjax.runtime import build, logs, results
 from cmjax.runtime.functions import function
 from cmjax.runtime.reopen import beside, facts, reopen_for, subject_of
 from cmjax.studies.study import Study
@@ -26,12 +26,13 @@ def run(flags: argparse.Namespace) -> None:
   for name in parts:
     logs.say(f'{name} ...')
     study = build.build(parts[name], f'config.studies.{name}', Study, subject=subject)
-    logs.write_png(folder / f'{name}.png', logs.curves(study.rows, study.x, study.ys))
+    plot = logs.curves(study.rows, study.x, study.ys)
+    results.write_png(folder / f'{name}.png', plot)
     pages.append(_page(name, study))
     tables[name] = study.rows
   text = '\n\n'.join(pages) + '\n'
-  (folder / 'study.md').write_text(text, encoding='utf-8')
-  logs.write_json(folder / 'study.json', facts(opened, studies=tables))
+  results.write_text(folder / 'study.md', text)
+  results.write_json(folder / 'study.json', facts(opened, studies=tables))
   logs.say(f'{text}\n{folder}/study.md, study.json and one plot per table')
 
 

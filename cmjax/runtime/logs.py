@@ -1,4 +1,4 @@
-"""Metrics, pictures, tables and progress: TensorBoard, Matplotlib, Pillow, clu, tqdm.
+"""Metrics, pictures, tables and progress: TensorBoard, Matplotlib, clu, tqdm.
 
 Libraries that are slow to import are imported where they are used.
 """
@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 import tqdm
+
+from cmjax.runtime import results
 
 if TYPE_CHECKING:
   from matplotlib.figure import Figure
@@ -62,7 +64,7 @@ class RunLog:
     """Adds u8[H, W, 3] to TensorBoard, and writes it to `pictures/NAME_STEP.png`."""
     if not self._primary:
       return
-    write_png(self._workdir / 'pictures' / f'{name}_{step:08d}.png', image)
+    results.write_png(self._workdir / 'pictures' / f'{name}_{step:08d}.png', image)
     self._events.add_image(name, image, step, dataformats='HWC')
 
   def close(self) -> None:
@@ -153,40 +155,6 @@ def counted(parts: Sequence[Any], size: int, unit: str) -> Iterator[Any]:
       left, last_report = (now - start) / done * (len(parts) - done), now
       say(f'{done * size}/{total} {unit} left={left:.0f}s')
     yield part
-
-
-def write_json(path: Path, facts: Mapping[str, Any]) -> None:
-  """Writes indented JSON, with null for NaN and infinity; creates the folder."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(_finite(facts), indent=2), encoding='utf-8')
-
-
-def _finite(value: Any) -> Any:
-  if isinstance(value, Mapping):
-    return {key: _finite(item) for key, item in value.items()}
-  if isinstance(value, list | tuple):
-    return [_finite(item) for item in value]
-  return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_png(
-  path: str | Path, image: np.ndarray, later: Sequence[np.ndarray] = ()
-) -> None:
-  """Writes u8[H, W, 3] or grey u8[H, W]; creates the folder.
-
-  With `later` images of the same size, the file is an animation of about four seconds
-  that shows the last for one more.
-  """
-  from PIL import Image
-
-  Path(path).parent.mkdir(parents=True, exist_ok=True)
-  animation: dict[str, Any] = {}
-  if len(later):
-    duration = max(40, min(500, 4000 // len(later)))  # in ms, of each
-    animation['duration'] = [duration] * len(later) + [duration + 1000]
-    animation['append_images'] = [Image.fromarray(frame) for frame in later]
-    animation |= dict(save_all=True, loop=0)
-  Image.fromarray(image).save(path, **animation)
 
 
 def grid(images: np.ndarray, columns: int, cell: int = 48) -> np.ndarray:

@@ -88,7 +88,7 @@ def from_process_0(compute: Callable[[], T]) -> T:
       text = json.dumps({'result': compute()}).encode()
     except UserError as error:
       text = json.dumps({'error': str(error)}).encode()
-  size = multihost_utils.broadcast_one_to_all(np.array(len(text)))
+  size = int(multihost_utils.broadcast_one_to_all(np.array(len(text))))
   padded = np.resize(np.frombuffer(text or b' ', np.uint8), size)
   message = json.loads(bytes(multihost_utils.broadcast_one_to_all(padded)))
   if 'error' in message:
