@@ -43,7 +43,9 @@ def run(tmp_path_factory):
   command = [
     '--config=edm:toy2d',
     f'--workdir={folder / "run"}',
-    *('--config.total_images=8', '--config.batch_size=8', '--config.network.width=8'),
+    *('--config.total_images=32', '--config.batch_size=8', '--config.network.width=8'),
+    *('--config.ema.power.fn=cmjax.schedules:power', '--config.every.snapshot_steps=1'),
+    '--config.ema.power.relative_std=0.05',
     *('--config.every.picture_steps=0', '--config.evaluation.num_samples=4'),
   ]
   assert main.main(command) == 0
@@ -122,6 +124,18 @@ def test_search_varies_a_number_and_can_maximise(run):
   stored = json.loads((run / 'searched' / 'best_skip_2.json').read_text())
   assert stored['sampler']['skip'] == pytest.approx(0.8, abs=0.02)
   assert stored['searched']['size'] == pytest.approx(0.8, abs=0.02)
+
+
+def test_search_varies_the_width_of_the_average(run, capsys):
+  flags = ('--config.search.key=sample_relative_std', '--config.search.low=0.04')
+  flags += ('--config.search.high=0.06', '--config.search.max_evaluations=3')
+  # The model here ignores its weights, so that all widths are as good.
+  assert searched(run, *flags) == 0
+  out = capsys.readouterr().out
+  tried = re.findall(r'^\d\. sample_relative_std (\S+): distance', out, re.M)
+  assert len(set(tried)) == 3
+  assert all(0.04 <= float(width) <= 0.06 for width in tried)
+  assert re.search(r'use it as --config\.sample_relative_std=0\.0[456]', out)
 
 
 BAD = {

@@ -51,8 +51,10 @@ def run(flags: argparse.Namespace) -> None:
     results.write_json(path, facts(trials.opened, sampler=sampler, searched=result))
     plot = logs.curves(points, axis, [trials.metric])
     results.write_png(path.with_suffix('.png'), plot)
-    results.write_text(path.with_suffix('.md'), logs.markdown_table(points))
-    rows.append({'name': path.stem, trials.key: shown(best), trials.metric: value})
+    table = [{key: shown(number) for key, number in row.items()} for row in points]
+    results.write_text(path.with_suffix('.md'), logs.markdown_table(table))
+    cells = {trials.key: shown(best), trials.metric: shown(value)}
+    rows.append({'name': path.stem} | cells)
   logs.say(f'\n{logs.markdown_table(rows)}\n\n{folder}: each with .json, .md and .png')
   if trials.key == WIDTH:
     logs.say(f'use it as --config.{WIDTH}={found[-1].best:.4g}')
