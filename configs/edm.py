@@ -7,7 +7,7 @@ Source:    objective, sampler and noise levels of Karras et al. 2022, table 1; c
 Differs:   cifar10: horizontal flips only, without the augmentation pipeline
 Expected:  digits: pixel Frechet distance <= 0.12, label agreement >= 0.98; cifar10: FID
            1.97 at 35 evaluations, with augmentation (NVlabs/edm README)
-Measured:  digits: 0.097 and 0.988 at 35 evaluations (README.md, "Quick start"); 2.04
+Measured:  digits: 0.095 and 0.991 at 35 evaluations (README.md, "Quick start"); 2.04
            bits per dimension of training examples (study `likelihood`)
 """
 
