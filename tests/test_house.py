@@ -21,7 +21,7 @@ FLOORS = {
     *('ema', 'likelihood', 'search', 'editing', 'inversion'),
   ],
   'doors': ['runtime.*', 'data.*', 'port.*'],
-  'programs': ['train', 'sampling', 'evaluation', 'modes.*'],
+  'programs': ['train', 'sampling', 'evaluation', 'edit_requests', 'modes.*'],
   'main': ['main', '__main__'],
 }
 

@@ -8,11 +8,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from cmjax import edit_requests
 from cmjax.core import UserError, unused
 from cmjax.data.inputs import read_inputs, read_one
 from cmjax.data.source import Source, as_uint8, from_uint8
-from cmjax.modes import edits, sample
-from cmjax.modes.edits import Compute, Rows
+from cmjax.edit_requests import Compute, Rows
+from cmjax.modes import sample
 from cmjax.runtime import logs, results, sharding
 from cmjax.runtime.reopen import Opened, beside, reopen_for
 
@@ -21,12 +22,12 @@ CELL = 192  # pixels of an image in the pictures of one image
 
 def run(flags: argparse.Namespace) -> None:
   """Writes a folder per image with pictures and arrays, and a picture of all."""
-  edits.check_flags(flags)
+  edit_requests.check_flags(flags)
   opened = reopen_for(
     flags.workdir, flags.config, flags.overrides, flags.trust, needs_data=False
   )
   source, most_pictured = opened.source, opened.config.evaluation.num_pictured
-  edits.check_model(opened, flags.edit)
+  edit_requests.check_model(opened, flags.edit)
   labels = _labels(source, flags.labels)
   names, x0, end = ['random'], np.zeros((1, *source.shape), np.float32), None
   if flags.input:
@@ -35,7 +36,7 @@ def run(flags: argparse.Namespace) -> None:
     x0 = from_uint8(source, pixels)
   if flags.second:
     end = from_uint8(source, read_one(flags.second, '--second', source.shape)[None])
-  params, compute = edits.computation(flags, opened)
+  params, compute = edit_requests.computation(flags, opened)
 
   folder = beside(opened) / 'edits' / f'{flags.edit}_step_{opened.step:08d}'
   folder = unused(folder)
@@ -57,7 +58,9 @@ def run(flags: argparse.Namespace) -> None:
     columns = len(panels['images']) // min(len(names), most_pictured)
   sheet = {title: logs.grid(np.stack(p), columns) for title, p in panels.items()}
   results.write_png(folder / 'all.png', logs.sheet(sheet))
-  worst = f'; largest {edits.ERRORS[flags.edit]}: {max(errors):.1e}' if errors else ''
+  worst = (
+    f'; largest {edit_requests.ERRORS[flags.edit]}: {max(errors):.1e}' if errors else ''
+  )
   logs.say(f'{folder / "all.png"}; each image has a folder there{worst}')
 
 
