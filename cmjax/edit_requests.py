@@ -229,9 +229,13 @@ def _denoiser(flags: argparse.Namespace, opened: Opened) -> tuple[Model, Params]
 
 
 def is_diffusion(config: Any) -> bool:
-  """Whether a config says that its model was trained as a denoiser."""
-  objective = config.objective
-  return 'fn' in objective and objective.fn.startswith('cmjax.objectives.denoise:')
+  """Whether a config says that its model was trained as a denoiser.
+
+  A released file says it by its preconditioning, for it has no objective.
+  """
+  if 'fn' in config.objective:
+    return config.objective.fn.startswith('cmjax.objectives.denoise:')
+  return config.precond.fn == 'cmjax.precond:edm'
 
 
 def _sigma_min(config: Any) -> float:

@@ -220,6 +220,11 @@ def build_metrics(subject: Subject, key: str = 'evaluation') -> dict[str, Metric
         f'config.{key}.num_samples: {num_samples}, and '
         f'config.metrics.{name} needs at least {metric.min_samples}'
       )
+    if metric.needs_data and metric.min_samples > len(source.examples):
+      raise UserError(
+        f'config.metrics.{name}: needs at least {metric.min_samples} examples of the '
+        f'data, and there are {len(source.examples)}'
+      )
     with part_errors(f'config.metrics.{name}'):
       jax.eval_shape(metric.features, metric.params, x, labels)
   return metrics

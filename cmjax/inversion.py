@@ -63,24 +63,6 @@ def invert(
   return _follow(denoiser, x, grid[::-1].tolist()) / sigma_max
 
 
-def reconstruct(
-  f: Model,
-  params: Params,
-  denoiser: Denoiser,
-  x: Array,
-  *,
-  cond: Array | None = None,
-  num_steps: int = 40,
-  sigma_max: float = 80.0,
-) -> Array:
-  """f of the noise of images x f32[B, ...]: x again, where f and the denoiser agree.
-
-  Raises: ValueError as `invert` does.
-  """
-  z = invert(denoiser, x, num_steps=num_steps, sigma_max=sigma_max)
-  return generate(f, params, z, sigma_max=sigma_max, cond=cond)
-
-
 def _follow(denoiser: Denoiser, x: Array, sigmas: Sequence[float]) -> Array:
   flow = probability_flow(VE, denoiser)
 

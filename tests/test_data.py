@@ -491,14 +491,14 @@ def not_an_image(place):
   (place / 'a' / '0.png').write_bytes(b'')
 
 
-def png(width, height, *chunks):
+def png(width, height, *chunks, depth=8):
   """A PNG that says it is of that size, with little behind it."""
 
   def chunk(kind, content):
     check = struct.pack('>I', zlib.crc32(kind + content))
     return struct.pack('>I', len(content)) + kind + content + check
 
-  head = chunk(b'IHDR', struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0))
+  head = chunk(b'IHDR', struct.pack('>IIBBBBB', width, height, depth, 2, 0, 0, 0))
   rest = b''.join(
     chunk(*c) for c in (*chunks, (b'IDAT', zlib.compress(b'')), (b'IEND', b''))
   )
@@ -526,6 +526,12 @@ def transparent_colour(place):
   (place / 'a').mkdir()
   image = Image.new('P', (6, 4))
   image.save(place / 'a' / '0.png', transparency=0)
+
+
+def sixteen_bits(place):  # which Pillow reads as 8 without a warning
+  (place / 'a').mkdir()
+  rows = zlib.compress(bytes(4 * (1 + 6 * 6)))
+  (place / 'a' / '0.png').write_bytes(png(6, 4, (b'IDAT', rows), depth=16))
 
 
 def pipe(place):
@@ -557,6 +563,7 @@ BAD_FOLDERS = {
   half_a_bomb: r'cannot read .*0\.png .*pixels',
   broken_chunk: r'cannot read .*0\.png \(',
   transparent_colour: r'cannot read .*0\.png \(mode P; .*no transparency',
+  sixteen_bits: r'cannot read .*0\.png \(mode RGB; store 8 bits per channel',
   pipe: r'cannot read .*0\.png \(not a file\)',
   link_to_itself: r'cannot read .*0\.png \(not a file\)',
   link_to_a_folder_above: r'a/b links to a folder that contains it',

@@ -1,6 +1,7 @@
 """--mode=edit by its command line: files in, pictures and arrays out; mistakes."""
 
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -8,9 +9,11 @@ from PIL import Image
 import pytest
 
 from cmjax import main
+from cmjax.core import UserError
 from cmjax.data.digits import digits
 from cmjax.data.inputs import read_inputs, read_mask
 from cmjax.data.source import as_uint8, as_x0, from_uint8, placeholder
+from cmjax.edit_requests import is_diffusion
 from cmjax.networks import mlp
 from cmjax.runtime import checkpoint, pretrained
 from cmjax.runtime.config import ConfigDict
@@ -316,8 +319,44 @@ def test_a_grey_file_of_equal_colours_is_read_for_one_channel(tmp_path):
   grey = np.arange(64, dtype=np.uint8).reshape(8, 8)
   save(tmp_path / 'in', {'.odd name!.png': np.repeat(grey[..., None], 3, 2)})
   names, images = read_inputs(str(tmp_path / 'in'), '--input', (8, 8, 1))
-  assert names == ['odd_name_']
+  assert names == ['_odd_name_']
   np.testing.assert_array_equal(images[0, ..., 0], grey)
+
+
+def test_no_name_is_that_of_the_picture_of_all(place, tmp_path):
+  (tmp_path / 'in').mkdir()
+  shutil.copy(place / 'small' / 's.png', tmp_path / 'in' / 'all.png.png')
+  names, _ = read_inputs(str(tmp_path / 'in'), '--input', (4, 4, 3))
+  assert names == ['all_png']
+
+
+def test_an_image_that_a_factor_does_not_enlarge_is_named_with_its_own_size(place):
+  with pytest.raises(UserError, match=r's\.png is 4x4 .* has 14x14; resize it'):
+    read_inputs(str(place / 'small'), '--input', (14, 14, 3), 3)
+
+
+@pytest.mark.parametrize(
+  ('config', 'expected'),
+  [
+    ({'objective': {'fn': 'cmjax.objectives.denoise:trigflow'}}, True),
+    # Progressive distillation has this preconditioning too.
+    ({'objective': {'fn': 'cmjax.objectives.progressive:pd'}}, False),
+    ({'objective': {}}, True),  # as released files of EDM are read
+    ({'objective': {}, 'precond': {'fn': 'cmjax.precond:consistency'}}, False),
+  ],
+)
+def test_a_diffusion_model_is_known_by_its_objective_or_its_preconditioning(
+  config, expected
+):
+  whole = {'precond': {'fn': 'cmjax.precond:edm'}} | config
+  assert is_diffusion(ConfigDict(whole)) == expected
+
+
+def test_a_mask_of_grey_levels_is_cut_at_one_half(tmp_path):
+  levels = np.repeat(np.array([[0, 127, 128, 255]], np.uint8), 4, 0)
+  save(tmp_path / 'in', {'m.png': levels})
+  known = read_mask(str(tmp_path / 'in' / 'm.png'), '--mask', (4, 4, 1))
+  np.testing.assert_array_equal(known, np.repeat([[1, 1, 0, 0]], 4, 0))
 
 
 def test_a_mask_is_generated_where_it_is_white(place):

@@ -331,6 +331,11 @@ def test_too_few_samples_for_a_metric_are_refused_before_any_is_drawn(
   monkeypatch.setattr('cmjax.metrics.pixels.Metric', lambda *args: few)
   with pytest.raises(core.UserError, match=r'num_samples: 50, .*frechet needs .* 51'):
     evaluation.build_metrics(subject)
+  source = digits()
+  small = source._replace(examples=source.examples[:40], labels=source.labels[:40])
+  few = few._replace(min_samples=41)
+  with pytest.raises(core.UserError, match=r'frechet: needs .* 41 examples .* are 40'):
+    evaluation.build_metrics(subject._replace(source=small))
 
 
 def test_a_damaged_batch_of_features_is_not_finished(tmp_path):

@@ -274,6 +274,10 @@ def test_images_of_a_reference_take_the_place_of_the_data():
       dict(reference=statistics(stored=np.zeros((2, 4, 4, 1), np.uint8))),
       'images with 1 channels, and toy takes 3',
     ),
+    (
+      dict(measures=('kernel',), reference=statistics(stored=images(999))),
+      'file.npz has 999 images, and kernel need at least 1000',
+    ),
   ],
 )
 def test_refused_in_one_line_before_compute(settings, message):

@@ -73,6 +73,17 @@ def test_one_mode_of_two_is_precise_and_half_recalled():
 
 
 @pytest.mark.parametrize('measure', [precision_recall, density_coverage])
+@pytest.mark.parametrize('value', [np.nan, np.inf])
+def test_a_feature_that_is_not_finite_is_not_hidden(measure, value):
+  a, b = whole_numbers(20, 0), whole_numbers(20, 1)
+  bad = a.copy()
+  bad[3, 1] = value
+  assert np.all(np.isfinite(measure(a, b)))
+  assert np.all(np.isnan(measure(bad, b)))
+  assert np.all(np.isnan(measure(a, bad)))
+
+
+@pytest.mark.parametrize('measure', [precision_recall, density_coverage])
 @pytest.mark.parametrize(
   ('a', 'b', 'k', 'message'),
   [

@@ -147,6 +147,7 @@ BAD = {
     ['--config.search.sampler=heun', '--config.search.key=rho'],
     'must be the range of rho',
   ),
+  'low above the first': (['--config.search.low=90'], r'config\.search.*90'),
   'one step': (['--config.search.num_steps=1'], 'num_steps: must be between 2'),
   'two evaluations': (['--config.search.max_evaluations=2'], 'max_evaluations'),
 }

@@ -162,6 +162,14 @@ def test_a_path_to_a_step_ends_the_average_there(trained):
     assert lines == []
 
 
+def test_folders_that_are_no_steps_are_not_read(tmp_path):
+  for name in ('8', '16', '\u00b2', '\u0663', '3.damaged', '-1'):
+    (tmp_path / 'snapshots' / name).mkdir(parents=True)
+  assert storage.steps_in(tmp_path / 'snapshots') == [16, 8]
+  assert storage.is_step(tmp_path / 'snapshots' / '8')
+  assert not storage.is_step(tmp_path / 'snapshots' / '\u0663')
+
+
 def test_the_newest_snapshot_before_a_checkpoint_is_named(trained, tmp_path):
   _, workdir, _ = trained
   copy = shutil.copytree(workdir, tmp_path / 'copy')

@@ -138,7 +138,9 @@ def read_image(file: Path, where: str) -> np.ndarray:
     if not file.is_file():  # opening a pipe would block
       raise OSError('not a file')
     with Image.open(file) as image:
-      # `convert` would lose their range or transparency without a warning.
-      if image.mode[0] in 'IF' or image.has_transparency_data:
+      # `convert` would lose their range or transparency without a warning. RGB of 16
+      # bits has the mode RGB, and only its decoder is another.
+      wide = image.mode[0] in 'IF' or ';16B' in str(image.tile)
+      if wide or image.has_transparency_data:
         raise OSError(f'mode {image.mode}; store 8 bits per channel, no transparency')
       return np.asarray(image.convert('RGB'))

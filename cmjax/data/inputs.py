@@ -15,7 +15,7 @@ def read_inputs(
 ) -> tuple[list[str], np.ndarray]:
   """Names, and images uint8[N, H, W, C] of `shape`, of a file or of a folder's files.
 
-  A name is the stem of the file, with letters, digits and _.- alone. A file of a model
+  A name is the stem of the file, with letters, digits, _ and - alone. A file of a model
   with one channel may be grey or RGB with equal channels. Images may also be smaller
   than the model's by `factor`; their pixels are then repeated.
 
@@ -35,18 +35,19 @@ def read_inputs(
       )
   check_memory(4 * len(files) * int(np.prod(shape)), f'{where}: the images of {path}')
   images = [_of_shape(read_image(f, where), f, where, shape, factor) for f in files]
-  names = [re.sub(r'[^\w.-]', '_', file.stem).lstrip('.')[:80] for file in files]
-  return [name or 'image' for name in names], np.stack(images)
+  # Without dots, no name is that of a file beside the folders of the images.
+  return [re.sub(r'[^\w-]', '_', f.stem)[:80] for f in files], np.stack(images)
 
 
 def _of_shape(
   image: np.ndarray, file: Path, where: str, shape: tuple[int, ...], factor: int
 ) -> np.ndarray:
   height, width, channels = shape
-  if factor > 1 and image.shape[:2] == (height // factor, width // factor):
+  divides = factor > 1 and height % factor == width % factor == 0
+  if divides and image.shape[:2] == (height // factor, width // factor):
     image = np.repeat(np.repeat(image, factor, axis=0), factor, axis=1)
   if image.shape[:2] != (height, width):
-    small = f' or {width // factor}x{height // factor}' if factor > 1 else ''
+    small = f' or {width // factor}x{height // factor}' if divides else ''
     raise UserError(
       f'{where}: {file} is {image.shape[1]}x{image.shape[0]} pixels, and the model has '
       f'{width}x{height}{small}; resize it first'

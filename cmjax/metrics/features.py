@@ -68,7 +68,7 @@ def distances(
     num_neighbours_density: k of `density_coverage`.
 
   Raises: ValueError if a value is out of range, the network lacks an output that a
-    measure needs, or the reference has features of another size.
+    measure needs, or the reference has features of another size or too few images.
   """
   checks.choice(QUANTISATION, quantisation=quantisation)
   checks.choice(frechet.COVARIANCE, covariance=covariance)
@@ -86,9 +86,15 @@ def distances(
     'precision_recall': num_neighbours + 1,
     'density_coverage': num_neighbours_density + 1,
   }
+  least = max(2, *(needed.get(measure, 2) for measure in measures))
   gaussians, images = Gaussians(reference, covariance), None
   if reference is not None and reference.images is not None:
     images = ImageFeatures(network, reference.images)
+    if needed.keys() & set(measures) and len(reference.images) < least:
+      raise ValueError(
+        f'reference: {reference.name} has {len(reference.images)} images, and '
+        f'{", ".join(measures)} need at least {least}'
+      )
 
   def features(params: Params, x: Array, labels: Array | None) -> dict[str, Array]:
     if x.ndim != 4 or x.shape[3] != network.shape[2]:
@@ -146,7 +152,7 @@ def distances(
     features,
     values,
     needs_data=images is None and not set(measures) <= by_reference,
-    min_samples=max(2, *(needed.get(measure, 2) for measure in measures)),
+    min_samples=least,
     conventions=conventions,
   )
 

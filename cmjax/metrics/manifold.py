@@ -33,7 +33,8 @@ def precision_recall(
 ) -> PrecisionRecall:
   """Improved precision and recall of features f[N, D] of samples, f[M, D] of data.
 
-  The ball of a feature reaches to its k-th nearest neighbour in its own set.
+  The ball of a feature reaches to its k-th nearest neighbour in its own set. NaN if a
+  feature is not finite.
 
   Raises: ValueError if a set has fewer than k + 1 rows, or D differs.
 
@@ -42,6 +43,8 @@ def precision_recall(
     finite.
   """
   _check(samples, data, num_neighbours)
+  if not _finite(samples, data):
+    return PrecisionRecall(float('nan'), float('nan'))
   of_samples = _radii(samples, num_neighbours)
   of_data = _radii(data, num_neighbours)
   precise, recalled = np.zeros(len(samples), bool), np.zeros(len(data), bool)
@@ -56,6 +59,8 @@ def density_coverage(
 ) -> DensityCoverage:
   """Density and coverage of features f[N, D] of samples, f[M, D] of data.
 
+  NaN if a feature is not finite.
+
   Raises: ValueError if a set has fewer than k + 1 rows, or D differs.
 
   Source: Naeem et al. 2020, eq. (3) and (5); k = 5.
@@ -63,6 +68,8 @@ def density_coverage(
     are open.
   """
   _check(samples, data, num_neighbours)
+  if not _finite(samples, data):
+    return DensityCoverage(float('nan'), float('nan'))
   radii = _radii(data, num_neighbours)
   contained, covered = 0, np.zeros(len(data), bool)
   for _, distances in _blocks(samples, data):
@@ -87,6 +94,10 @@ def _check(samples: np.ndarray, data: np.ndarray, num_neighbours: int) -> None:
     )
   if samples.shape[1] != data.shape[1]:
     raise ValueError(f'features of sizes {samples.shape[1]} and {data.shape[1]}')
+
+
+def _finite(*sets: np.ndarray) -> bool:
+  return all(np.all(np.isfinite(x)) for x in sets)
 
 
 def _blocks(a: np.ndarray, b: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:

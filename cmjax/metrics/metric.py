@@ -24,5 +24,5 @@ class Metric(NamedTuple):
   features: Callable[[Params, Array, Array | None], dict[str, Array]]
   values: Callable[[Batches, Batches], dict[str, float]]  # (samples, data) -> numbers
   needs_data: bool = True  # if not, `values` receives no batches of data
-  min_samples: int = 2
+  min_samples: int = 2  # and examples of the data, if it needs them
   conventions: Mapping[str, str] = {}  # what the numbers depend on, shown with them

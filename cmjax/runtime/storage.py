@@ -30,13 +30,17 @@ class Restored(NamedTuple):
 
 def is_step(path: Path) -> bool:
   """Whether a path is `checkpoints/STEP` or `snapshots/STEP` of a work directory."""
-  return path.name.isdigit() and path.parent.name in FOLDERS and path.is_dir()
+  return _is_number(path.name) and path.parent.name in FOLDERS and path.is_dir()
 
 
 def steps_in(folder: Path) -> list[int]:
   """The steps stored in a folder, newest first; none if it does not exist."""
-  steps = (p for p in folder.glob('*') if p.name.isdigit() and p.is_dir())
+  steps = (p for p in folder.glob('*') if _is_number(p.name) and p.is_dir())
   return sorted((int(p.name) for p in steps), reverse=True)
+
+
+def _is_number(name: str) -> bool:
+  return name.isascii() and name.isdigit()
 
 
 def save_args(items: Mapping[str, Any], meta: dict[str, Any]) -> ocp.args.Composite:

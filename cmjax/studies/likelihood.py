@@ -70,7 +70,7 @@ def likelihood(
       found = log_likelihood(
         denoiser,
         x,
-        keys if num_probes else None,
+        keys,
         num_probes=num_probes,
         num_steps=steps,
         sigma_min=sigma_min,
