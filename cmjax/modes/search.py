@@ -8,6 +8,7 @@ from cmjax import evaluation
 from cmjax.core import UserError, unused
 from cmjax.runtime import build, logs, results
 from cmjax.runtime.config import ConfigDict
+from cmjax.runtime.errors import part_errors
 from cmjax.runtime.reopen import (
   SEARCHED,
   Opened,
@@ -16,6 +17,7 @@ from cmjax.runtime.reopen import (
   for_sampling,
   reopen_for,
 )
+from cmjax.runtime.sampler_check import check_sigmas
 from cmjax.samplers import Sampler
 from cmjax.search import golden_section, greedy_times
 
@@ -69,8 +71,8 @@ class Trials:
   def __init__(self, opened: Opened, weights: Callable[..., Opened]):
     """`weights` opens the same weights with further overrides of the config.
 
-    Raises: UserError if the config has no such sampler, key or metric, or the samples
-      would be those of an evaluation.
+    Raises: UserError if the config has no such sampler, key or metric, the range is
+      empty or not that of the model, or the samples would be those of an evaluation.
     """
     settings, evaluated = opened.config.search, opened.config.evaluation
     if 0 <= settings.seed - evaluated.seed < evaluated.num_seeds:
@@ -80,7 +82,18 @@ class Trials:
       )
     self.opened, self._weights = opened, weights
     self.key, self.metric = settings.key, settings.metric
-    self.name, self.first = _sampler_with(self.key, opened)
+    self.name, first = _sampler_with(self.key, opened)
+    self.of_times = self.key.rpartition('.')[2] == 'sigmas'
+    self.low, self.high = settings.low, settings.high
+    if self.of_times:
+      self.low, self.high = self.low or SIGMA_MIN, self.high or float(first[0])
+      with part_errors('config.search'):
+        check_sigmas((self.low, self.high), opened.f, opened.config.objective)
+    if self.low >= self.high:
+      raise UserError(
+        f'config.search: low and high must be the range of {self.key}, got '
+        f'{self.low:g} and {self.high:g}'
+      )
     self._metrics = evaluation.build_metrics(opened, 'search')
     if not self._metrics:
       raise UserError('config.metrics: a search needs at least one')
@@ -127,24 +140,12 @@ class Trials:
 def _search(trials: Trials) -> list[Found]:
   """For noise levels one result per number of steps, otherwise a single one."""
   settings = trials.opened.config.search
-  low, high, most = settings.low, settings.high, settings.max_evaluations
+  low, high, most = trials.low, trials.high, settings.max_evaluations
   sign = -1 if settings.maximise else 1
-  if trials.key.rpartition('.')[2] == 'sigmas':
-    first = float(trials.first[0])
-    times = greedy_times(
-      trials,
-      settings.num_steps,
-      high or first,
-      low or SIGMA_MIN,
-      max_evaluations=most,
-    )
+  if trials.of_times:
+    times = greedy_times(trials, settings.num_steps, high, low, max_evaluations=most)
     every = [Found(f'best_{len(t.sigmas)}', *t) for t in times[1:]]
   else:
-    if low >= high:
-      raise UserError(
-        f'config.search: low and high must be the range of {trials.key}, got {low:g} '
-        f'and {high:g}'
-      )
     log = low > 0 and high / low > 10  # the tolerance is then relative
     tolerance = 0.02 if log else (high - low) / 100
     result = golden_section(
