@@ -40,16 +40,17 @@ def fits(monkeypatch):
 def test_fitting_learns_unseen_digits_and_is_deterministic(cache):
   source = digits.digits()
   seen = source._replace(examples=source.examples[:1400], labels=source.labels[:1400])
-  found = classifier(source=seen, num_steps=40, batch_size=64)
+  settings = dict(num_steps=40, batch_size=32, learning_rate=5e-3)
+  found = classifier(source=seen, **settings)
   images = quantised(as_x0(source, source.examples[1400:]), found.limits, 'round')
   outputs = jax.jit(found.apply)(found.params, images)
   assert outputs['pool'].shape == (397, network.NUM_FEATURES)
   accuracy = np.mean(np.argmax(outputs['logits'], axis=1) == source.labels[1400:])
-  assert accuracy > 0.8  # measured 0.90; chance is 0.1
+  assert accuracy > 0.8  # measured 0.90, 0.88 with another seed; chance is 0.1
   assert found.name == 'classifier'
   assert found.limits == pytest.approx((-0.406, 0.924), abs=1e-3)
   shutil.rmtree(cache)
-  again = classifier(source=seen, num_steps=40, batch_size=64)
+  again = classifier(source=seen, **settings)
   jax.tree.map(np.testing.assert_array_equal, found.params, again.params)
 
 
