@@ -17,17 +17,26 @@ from cmjax.edit_requests import is_diffusion
 from cmjax.networks import mlp
 from cmjax.runtime import checkpoint, pretrained
 from cmjax.runtime.config import ConfigDict
+from cmjax.runtime.config_files import read
+from tests.conftest import ROOT
 
-SMALL = [
-  '--config=edm:digits',
-  '--config.network.width=16',
-  '--config.network.num_blocks=1',
-  '--config.network.embedding=8',
-  '--config.batch_size=8',
-  '--config.total_images=8',
-  '--config.every.picture_steps=0',
-  '--config.evaluation.batch_size=8',
-]
+NETWORK = dict(width=16, num_blocks=1, embedding=8)
+
+
+def save_weights(workdir, step, config, shape, classes):
+  """A checkpoint of random weights of a small network."""
+  network = mlp.mlp(**NETWORK)
+  inputs = [
+    x and np.zeros(x.shape, x.dtype)
+    for x in pretrained.example_inputs(shape, classes, 1)
+  ]
+  params = jax.jit(network.init)(jax.random.key(0), *inputs)
+  config.network = dict(fn='cmjax.networks.mlp:mlp', **NETWORK)
+  config.sample_weights = 'online'
+  model = pretrained.Pretrained(
+    lambda *args, key=None: args[1], params, config, step, shape, classes
+  )
+  checkpoint.save_weights(workdir, step, params, model.meta())
 
 
 def save(path, images):
@@ -39,26 +48,14 @@ def save(path, images):
 
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
-  """A run on digits, colour weights without data, and images."""
+  """Weights with the config of a run on digits, others without data, and images."""
   place = tmp_path_factory.mktemp('edit')
-  assert main.main([*SMALL, f'--workdir={place / "run"}']) == 0
-  network = mlp.mlp(width=8, num_blocks=1, embedding=8)
-  shape, classes = (8, 8, 3), 0
-  inputs = [
-    x and np.zeros(x.shape, x.dtype)
-    for x in pretrained.example_inputs(shape, classes, 1)
-  ]
-  config = dict(
-    network=dict(fn='cmjax.networks.mlp:mlp', width=8, num_blocks=1, embedding=8),
-    precond=dict(fn='cmjax.precond:consistency', sigma_data=0.5, sigma_min=0.002),
-    objective={},
-    sample_weights='online',
-  )
-  params = network.init(jax.random.key(0), *inputs)
-  model = pretrained.Pretrained(
-    lambda *args, key=None: args[1], params, ConfigDict(config), 5, shape, classes
-  )
-  checkpoint.save_weights(place / 'colour', 5, params, model.meta())
+  config = read(ROOT / 'configs' / 'edm.py:digits')
+  config.evaluation.batch_size = 8
+  save_weights(place / 'run', 1, config, (8, 8, 1), 10)
+  precond = dict(fn='cmjax.precond:consistency', sigma_data=0.5, sigma_min=0.002)
+  config = ConfigDict(dict(precond=precond, objective={}))
+  save_weights(place / 'colour', 5, config, (8, 8, 3), 0)
 
   rng = np.random.default_rng(0)
   source = digits()
