@@ -161,6 +161,8 @@ def bin_width(low: float, high: float, num_levels: int) -> float:
 def dequantise(x0: Array, keys: Key, width: float) -> Array:
   """x0 f32[B, ...] plus uniform noise in [-width / 2, width / 2), by keys key[B].
 
+  Raises: ValueError unless width > 0.
+
   Source: Theis et al. 2016, section 3.1.
   Differs: the bins are centred on the values of the data, so that the mean is kept.
   """

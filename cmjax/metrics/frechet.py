@@ -81,7 +81,8 @@ def frechet_distance(
   the features are those of the 2015 Inception network. Returns NaN if a feature is not
   finite.
 
-  Raises: ValueError if a set has fewer than two rows, or D differs.
+  Raises: ValueError if a set has fewer than two rows, D differs, or the rule of the
+    covariance is unknown.
   """
   if not a.ndim == b.ndim == 2 or min(len(a), len(b)) < 2 or a.shape[1] != b.shape[1]:
     raise ValueError(

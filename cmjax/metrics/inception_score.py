@@ -16,7 +16,7 @@ def inception_score(
   in [1, K], and is an Inception Score only if the logits are those of the 2015
   Inception network: OpenAI and torch-fidelity take them without the bias.
 
-  Raises: ValueError if there are no logits.
+  Raises: ValueError if there are no logits, or split_size < 1.
 
   Source: Salimans et al. 2016, section 4; openai/guided-diffusion `evaluator.py`.
   Differs: torch-fidelity shuffles the samples, and takes ten splits of any size.

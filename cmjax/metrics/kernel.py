@@ -15,7 +15,7 @@ def polynomial(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def squared_mmd(a: np.ndarray, b: np.ndarray) -> float:
   """The unbiased estimate of MMD^2 between f[N, D] and f[M, D] under `polynomial`.
 
-  It is computed in float64, and may be negative.
+  N and M are at least 2. It is computed in float64, and may be negative.
 
   Source: Gretton et al. 2012, eq. (3); Binkowski et al. 2018, section 4.
   """
@@ -40,7 +40,8 @@ def kernel_distance(
   Features f[N, D] and f[M, D]; rows of a subset are drawn without replacement. It is a
   KID only if the features are those of the 2015 Inception network.
 
-  Raises: ValueError if a set has fewer than `subset_size` rows, or D differs.
+  Raises: ValueError if a set has fewer than `subset_size` rows, D differs, or a number
+    is out of range.
 
   Source: Binkowski et al. 2018; toshas/torch-fidelity `metric_kid.py`, whose subsets
     these are, for sets in the same order.

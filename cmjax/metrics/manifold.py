@@ -36,7 +36,8 @@ def precision_recall(
   The ball of a feature reaches to its k-th nearest neighbour in its own set. NaN if a
   feature is not finite.
 
-  Raises: ValueError if a set has fewer than k + 1 rows, or D differs.
+  Raises: ValueError if a set has fewer than k + 1 rows, D differs, or k is not in
+    [1, 1000].
 
   Source: Kynkaanniemi et al. 2019, eq. (1) and (2); k = 3.
   Differs: in float64; OpenAI's evaluator computes distances in float16 where they are
@@ -61,7 +62,8 @@ def density_coverage(
 
   NaN if a feature is not finite.
 
-  Raises: ValueError if a set has fewer than k + 1 rows, or D differs.
+  Raises: ValueError if a set has fewer than k + 1 rows, D differs, or k is not in
+    [1, 1000].
 
   Source: Naeem et al. 2020, eq. (3) and (5); k = 5.
   Differs: the balls are closed, as for precision and recall; in clovaai's `prdc` they
