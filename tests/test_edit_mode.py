@@ -2,18 +2,19 @@
 
 import re
 import shutil
+import types
 
 import jax
 import numpy as np
 from PIL import Image
 import pytest
 
-from cmjax import main
+from cmjax import edit_requests, main
 from cmjax.core import UserError
 from cmjax.data.digits import digits
 from cmjax.data.inputs import read_inputs, read_mask
 from cmjax.data.source import as_uint8, as_x0, from_uint8, placeholder
-from cmjax.edit_requests import is_diffusion
+from cmjax.modes import edit as edit_mode
 from cmjax.networks import mlp
 from cmjax.runtime import checkpoint, pretrained
 from cmjax.runtime.config import ConfigDict
@@ -350,7 +351,49 @@ def test_a_diffusion_model_is_known_by_its_objective_or_its_preconditioning(
   config, expected
 ):
   whole = {'precond': {'fn': 'cmjax.precond:edm'}} | config
-  assert is_diffusion(ConfigDict(whole)) == expected
+  assert edit_requests.is_diffusion(ConfigDict(whole)) == expected
+
+
+@pytest.mark.parametrize(
+  ('precond', 'expected'),
+  [
+    (dict(fn='cmjax.precond:consistency', sigma_min=0.003), 0.003),
+    (dict(fn='cmjax.precond:consistency'), 0.002),
+    (dict(fn='cmjax.precond:edm', sigma_data=0.5), 0.0),
+  ],
+)
+def test_noise_is_added_as_for_the_sigma_min_of_the_model(precond, expected):
+  assert edit_requests._sigma_min(ConfigDict(dict(precond=precond))) == expected
+
+
+@pytest.mark.parametrize(
+  ('between', 'labels', 'of_images', 'at_the_end'),
+  [
+    (False, [3, 1, 2], [3, 1, 2, 3, 1], None),
+    (True, [3, 1, 2], [3, 1, 3, 1, 3], [2] * 5),
+    (True, [3], [3] * 5, [3] * 5),
+  ],
+)
+def test_labels_are_repeated_over_images_and_the_last_is_that_of_the_end(
+  between, labels, of_images, at_the_end
+):
+  opened = types.SimpleNamespace(
+    config=ConfigDict(dict(evaluation=dict(batch_size=2))),
+    mesh=types.SimpleNamespace(size=1),
+  )
+  x0 = np.arange(5.0, dtype=np.float32)[:, None, None, None]
+  batches = edit_mode._batches(opened, x0, None, np.eye(4)[labels], between)
+  whole = [
+    np.concatenate(a)[:5] for a in zip(*((b.index, b.y, b.cond) for b in batches))
+  ]
+  np.testing.assert_array_equal(whole[0], np.arange(5))
+  np.testing.assert_array_equal(whole[1], x0)
+  np.testing.assert_array_equal(whole[2], np.eye(4)[of_images])
+  if between:
+    ends = np.concatenate([b.end_cond for b in batches])[:5]
+    np.testing.assert_array_equal(ends, np.eye(4)[at_the_end])
+  else:
+    assert all(b.end_cond is None for b in batches)
 
 
 def test_a_mask_of_grey_levels_is_cut_at_one_half(tmp_path):
