@@ -289,6 +289,29 @@ def test_seeds_are_reported_one_by_one_with_their_mean_and_least_value(one_devic
   assert f'| one | least | {min(values):.3f} |' in text
 
 
+def returning(**numbers):
+  """A metric that returns these numbers."""
+  return Metric((), lambda params, x, labels: {}, lambda *_: numbers, needs_data=False)
+
+
+def test_a_value_that_is_not_finite_is_reported_with_several_seeds(one_device):
+  subject = opened(digits(), labelled, one_device, one=samplers.one_step())
+  metrics = {'broken': returning(nan=np.nan, infinite=np.inf, whole=2)}
+  (row,) = evaluate.table(subject, None, metrics, num_seeds=2)
+  assert np.isnan([row['nan'], row['deviation']['nan'], row['least']['nan']]).all()
+  assert row['infinite'] == np.inf
+  assert (row['whole'], row['deviation']['whole']) == (2, 0)
+  assert 'nan ± nan' in evaluate.page([row])
+
+
+@pytest.mark.parametrize('name', ['seed', 'seeds', 'least', 'samples'])
+def test_a_value_may_not_have_the_name_of_a_column(one_device, name):
+  subject = opened(digits(), labelled, one_device, one=samplers.one_step())
+  metrics = {'mine': returning(**{name: 1.0})}
+  with pytest.raises(core.UserError, match=f'no metric may return {name}'):
+    evaluate.table(subject, None, metrics, num_seeds=2)
+
+
 def test_balanced_labels_have_each_class_in_turn(one_device):
   subject = opened(digits(), labelled, one_device, one=samplers.one_step())
   subject.config.evaluation.labels = 'balanced'
