@@ -45,7 +45,9 @@ def table(
       size = settings.num_samples
       place = None
       if folder:
-        place = folder / evaluation.measurement_id(subject, params, name, size, seed)
+        place = folder / evaluation.measurement_id(
+          subject, params, name, metrics, size, seed
+        )
         finished.append(FeatureStore(place))
       result = evaluation.measure(
         subject,
