@@ -108,6 +108,39 @@ def test_what_was_found_is_used_by_name_and_not_overwritten(run, capsys):
   assert "no sampler 'best_9'; known: heun, one_step, best_2" in capsys.readouterr().err
 
 
+def test_a_result_has_not_the_name_of_a_sampler_of_the_config(run, capsys):
+  config = ['--config.samplers.best_2.fn=cmjax.samplers:one_step']
+  assert searched(run, *config, '--config.search.sampler=few') == 0
+  assert re.search(r'--samplers=best_2_\d+\n', capsys.readouterr().out)
+
+
+def test_a_whole_number_in_the_config_is_searched_too(run, tmp_path):
+  stored = json.loads((run / 'config.json').read_text())
+  stored['samplers'] = dict(flow=dict(fn='cmjax.diffusion_samplers:ode', rho=7))
+  (tmp_path / 'config.json').write_text(json.dumps(stored))
+  flags = [f'--config={tmp_path / "config.json"}', '--config.search.sampler=flow']
+  flags += [
+    '--config.search.key=rho',
+    '--config.search.low=5',
+    '--config.search.high=9',
+  ]
+  assert searched(run, *flags, '--config.search.max_evaluations=3') == 0
+  (path,) = (run / 'searched').glob('best_rho*.json')
+  assert 5 < json.loads(path.read_text())['sampler']['rho'] < 9
+
+
+def test_a_damaged_result_is_one_line(run, capsys):
+  (run / 'searched').mkdir(exist_ok=True)
+  (run / 'searched' / 'other.json').write_text('{"key": "skip"}')
+  (run / 'searched' / 'cut.json').write_text('{"key": ')
+  for name in ('other', 'cut'):
+    command = [f'--workdir={run}', '--mode=sample', f'--samplers={name}']
+    assert main.main(command) == 2
+    assert f'{name}.json' in capsys.readouterr().err
+  for name in ('other', 'cut'):
+    (run / 'searched' / f'{name}.json').unlink()
+
+
 def test_search_varies_a_number_and_can_maximise(run):
   phased = (
     '--config.samplers.jumps.fn=cmjax.samplers:phased',
@@ -147,6 +180,10 @@ BAD = {
     ['--config.search.sampler=heun', '--config.search.key=rho'],
     'must be the range of rho',
   ),
+  'sigmas that ascend': (['--config.search.low=100'], 'range of sigmas, got 100 and'),
+  'a negative sigma': (['--config.search.low=-1'], 'range of sigmas, got -1 and 80'),
+  'above training': (['--config.search.high=500'], r'few: .* sigma = 500, which was'),
+  'not a number': (['--config.search.key=fn'], 'fn of few is not a number'),
   'one step': (['--config.search.num_steps=1'], 'num_steps: must be between 2'),
   'two evaluations': (['--config.search.max_evaluations=2'], 'max_evaluations'),
 }

@@ -12,6 +12,7 @@ from cmjax.runtime.reopen import (
   SEARCHED,
   Opened,
   beside,
+  check_sampled,
   facts,
   for_sampling,
   reopen_for,
@@ -43,7 +44,7 @@ def run(flags: argparse.Namespace) -> None:
   found = _search(trials)
   folder, rows = beside(trials.opened) / SEARCHED, []
   for name, best, value, curve in found:
-    path = unused(folder / name, '.json')
+    path = unused(folder / name, '.json', taken=trials.opened.config.samplers)
     axis = trials.key.rpartition('.')[2].replace('sigmas', 'last_sigma')
     points = [{axis: x, trials.metric: y} for x, y in curve]
     result = {'key': trials.key, 'best': best, trials.metric: value, 'curve': points}
@@ -93,22 +94,27 @@ class Trials:
     part: Any = ConfigDict(samplers[self.name].to_dict())
     if self.key != WIDTH:
       *parents, last = self.key.split('.')
-      _inner(part, parents)[last] = value
+      inner = _inner(part, parents)
+      with inner.ignore_type():  # a whole number may become a float
+        inner[last] = value
     return part
 
   def __call__(self, value: Any) -> float:
     """The metric for one value of the key, negative if it is to be maximised.
 
-    Raises: UserError if no metric has the name that is searched for.
+    Raises: UserError if the sampler does not take the value, the model was not trained
+      at its noise levels, or no metric has the name that is searched for.
     """
     settings, opened = self.opened.config.search, self.opened
     if self.key == WIDTH:
       opened = self._weights((WIDTH, repr(value)))
     where = f'config.samplers.{self.name}'
+    sampler = build.build(self.part(value), where, Sampler)
+    check_sampled(opened._replace(samplers={self.name: sampler}))
     values = evaluation.measure(
       opened,
       opened.params,
-      build.build(self.part(value), where, Sampler),
+      sampler,
       self._metrics,
       self._features,
       seed=settings.seed,
@@ -129,22 +135,18 @@ def _search(trials: Trials) -> list[Found]:
   settings = trials.opened.config.search
   low, high, most = settings.low, settings.high, settings.max_evaluations
   sign = -1 if settings.maximise else 1
-  if trials.key.rpartition('.')[2] == 'sigmas':
-    first = float(trials.first[0])
-    times = greedy_times(
-      trials,
-      settings.num_steps,
-      high or first,
-      low or SIGMA_MIN,
-      max_evaluations=most,
+  of_sigmas = trials.key.rpartition('.')[2] == 'sigmas'
+  if of_sigmas:
+    low, high = low or SIGMA_MIN, high or float(trials.first[0])
+  if low >= high or (of_sigmas and low < 0):
+    raise UserError(
+      f'config.search: low and high must be the range of {trials.key}, got {low:g} '
+      f'and {high:g}'
     )
+  if of_sigmas:
+    times = greedy_times(trials, settings.num_steps, high, low, max_evaluations=most)
     every = [Found(f'best_{len(t.sigmas)}', *t) for t in times[1:]]
   else:
-    if low >= high:
-      raise UserError(
-        f'config.search: low and high must be the range of {trials.key}, got {low:g} '
-        f'and {high:g}'
-      )
     log = low > 0 and high / low > 10  # the tolerance is then relative
     tolerance = 0.02 if log else (high - low) / 100
     result = golden_section(
@@ -165,8 +167,14 @@ def _sampler_with(key: str, opened: Opened) -> tuple[str, Any]:
   *parents, last = key.split('.')
   for name in names:
     inner = _inner(samplers[name], parents)
-    if key == WIDTH or last in inner:
-      return name, inner.get(last) if key != WIDTH else None
+    if key == WIDTH:
+      return name, None
+    if last in inner:
+      value = inner[last]
+      is_number = isinstance(value, int | float) and not isinstance(value, bool)
+      if last != 'sigmas' and not is_number:
+        raise UserError(f'config.search.key: {key} of {name} is not a number')
+      return name, value
   what = f'{", ".join(names)}: no key {key!r}' if names else f'no sampler {chosen!r}'
   raise UserError(f'config.search: {what}; add one to config.samplers')
 
