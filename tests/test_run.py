@@ -224,9 +224,11 @@ def test_weights_without_data_are_sampled_by_the_name_of_a_sampler(taught, tmp_p
   path = tmp_path / 'w.safetensors'
   write.safetensors(path, jax.tree.map(np.asarray, model.params), meta)
   command = [f'--workdir={path}', '--mode=sample', '--samplers=heun']
-  assert main.main([*command, '--config.evaluation.num_pictured=2']) == 0
+  # Labels that are given come before `balanced`.
+  command += ['--labels=3,7', '--config.evaluation.labels=balanced']
+  assert main.main([*command, '--config.evaluation.num_pictured=3']) == 0
   samples = beside(reopen(path, needs_data=False)) / 'samples' / 'step_00000000'
-  assert (samples / 'heun.npz').is_file()
+  assert np.load(samples / 'heun.npz')['labels'].tolist() == [3, 7, 3]
 
 
 def test_weights_alone_have_no_target_network_to_study(with_target, tmp_path):

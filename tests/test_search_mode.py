@@ -25,6 +25,7 @@ def distance_of_last_sigma() -> Metric:
     return {
       'distance': float((np.log(found) - np.log(BEST)) ** 2),
       'size': float(found),
+      'broken': float('nan'),
     }
 
   return Metric((), features, values, needs_data=False)
@@ -114,6 +115,14 @@ def test_a_result_has_not_the_name_of_a_sampler_of_the_config(run, capsys):
   assert re.search(r'--samplers=best_2_\d+\n', capsys.readouterr().out)
 
 
+def test_a_search_without_a_finite_value_stores_nothing(run, capsys):
+  before = sorted(run.glob('searched/*'))
+  few = '--config.search.max_evaluations=3'
+  assert searched(run, '--config.search.metric=broken', few) == 2
+  assert 'no value of broken is finite' in capsys.readouterr().err
+  assert sorted(run.glob('searched/*')) == before
+
+
 def test_a_whole_number_in_the_config_is_searched_too(run, tmp_path):
   stored = json.loads((run / 'config.json').read_text())
   stored['samplers'] = dict(flow=dict(fn='cmjax.diffusion_samplers:ode', rho=7))
@@ -175,12 +184,16 @@ BAD = {
   'seed of an evaluation': (['--config.search.seed=2'], r'config\.search\.seed: 2'),
   'unknown sampler': (['--config.search.sampler=many'], "no sampler 'many'"),
   'unknown key': (['--config.search.key=skip'], "no key 'skip'"),
-  'unknown metric': (['--config.search.metric=fid'], "no 'fid'; known: distance, size"),
+  'unknown metric': (
+    ['--config.search.metric=fid'],
+    "no 'fid'; known: distance, size, broken",
+  ),
   'no range': (
     ['--config.search.sampler=heun', '--config.search.key=rho'],
     'must be the range of rho',
   ),
   'sigmas that ascend': (['--config.search.low=100'], 'range of sigmas, got 100 and'),
+  'no sigma between': (['--config.search.low=79.9'], 'between 79.9 and 80: no'),
   'a negative sigma': (['--config.search.low=-1'], 'range of sigmas, got -1 and 80'),
   'above training': (['--config.search.high=500'], r'few: .* sigma = 500, which was'),
   'not a number': (['--config.search.key=fn'], 'fn of few is not a number'),

@@ -1,6 +1,7 @@
 """`--mode=sample`: draws samples from a run or a file of weights."""
 
 import argparse
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,9 @@ def run(flags: argparse.Namespace) -> None:
   source = opened.source
   if flags.labels:
     source = with_labels(source, flags.labels)
-    opened = opened._replace(source=source)
+    in_order = dataclasses.replace(opened.config.evaluation, labels='data')
+    config = dataclasses.replace(opened.config, evaluation=in_order)
+    opened = opened._replace(source=source, config=config)
   opened = for_sampling(opened, flags.samplers)
   folder = unused(beside(opened) / 'samples' / f'step_{opened.step:08d}')
   evaluation, panels = opened.config.evaluation, {}

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+import math
 from typing import Any, NamedTuple
 
 from cmjax import evaluation
@@ -44,7 +45,7 @@ def run(flags: argparse.Namespace) -> None:
   found = _search(trials)
   folder, rows = beside(trials.opened) / SEARCHED, []
   for name, best, value, curve in found:
-    path = unused(folder / name, '.json', taken=trials.opened.config.samplers)
+    path = unused(folder / name, '.json', taken=tuple(trials.opened.config.samplers))
     axis = trials.key.rpartition('.')[2].replace('sigmas', 'last_sigma')
     points = [{axis: x, trials.metric: y} for x, y in curve]
     result = {'key': trials.key, 'best': best, trials.metric: value, 'curve': points}
@@ -153,6 +154,12 @@ def _search(trials: Trials) -> list[Found]:
       trials, low, high, tolerance=tolerance, max_evaluations=most, log=log
     )
     every = [Found(f'best_{trials.key.replace(".", "_")}', *result)]
+  every = [found for found in every if math.isfinite(found.value)]
+  if not every:
+    raise UserError(
+      f'config.search: {trials.key} between {low:g} and {high:g}: no value of '
+      f'{trials.metric} is finite; nothing is stored'
+    )
   return [
     Found(name, best, sign * value, [(x, sign * y) for x, y in curve])
     for name, best, value, curve in every
