@@ -370,6 +370,15 @@ def test_a_value_that_is_not_finite_is_reported_with_several_seeds(one_device):
   assert 'nan ± nan' in evaluate.page([row])
 
 
+def test_small_values_such_as_a_kernel_distance_keep_their_digits(one_device):
+  subject = opened(digits(), labelled, one_device, one=samplers.one_step())
+  metrics = {'kernel': returning(kid=5.25e-4, zero=0.0, large=2.5)}
+  (row,) = evaluate.table(subject, None, metrics)
+  assert '| one | 1 | 50 | 0.000525 | 0.000 | 2.500 |' in evaluate.page([row])
+  (row,) = evaluate.table(subject, None, metrics, num_seeds=2)
+  assert '| 0.000525 ± 0 | 0.000 ± 0.000 | 2.500 ± 0.000 |' in evaluate.page([row])
+
+
 @pytest.mark.parametrize('name', ['seed', 'seeds', 'least', 'samples'])
 def test_a_value_may_not_have_the_name_of_a_column(one_device, name):
   subject = opened(digits(), labelled, one_device, one=samplers.one_step())

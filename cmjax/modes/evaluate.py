@@ -110,7 +110,8 @@ def page(rows: list[dict[str, Any]]) -> str:
   for row in rows:
     cells = {key: value for key, value in row.items() if key not in NESTED}
     for name, deviation in row.get('deviation', {}).items():
-      cells[name] = f'{row[name]:.3f} ± {deviation:.3f}'
+      form = logs.digits(row[name])
+      cells[name] = f'{row[name]:{form}} ± {deviation:{form}}'
     summary.append(cells)
     each += [{'sampler': row['sampler'], **seed} for seed in row.get('seeds', ())]
     if 'least' in row:
