@@ -182,6 +182,7 @@ def test_search_varies_the_width_of_the_average(run, capsys):
 
 BAD = {
   'seed of an evaluation': (['--config.search.seed=2'], r'config\.search\.seed: 2'),
+  'a list of samplers': (['--samplers=few'], r'give --config\.search\.sampler=NAME'),
   'unknown sampler': (['--config.search.sampler=many'], "no sampler 'many'"),
   'unknown key': (['--config.search.key=skip'], "no key 'skip'"),
   'unknown metric': (

@@ -36,6 +36,10 @@ class Found(NamedTuple):
 
 def run(flags: argparse.Namespace) -> None:
   """Searches, and stores each result with its whole curve beside the weights."""
+  if flags.samplers:
+    raise UserError(
+      '--samplers: is not for --mode=search; give --config.search.sampler=NAME'
+    )
 
   def weights(*overrides: tuple[str, str]) -> Opened:
     every = (*flags.overrides, *overrides)
