@@ -123,6 +123,17 @@ def test_a_search_without_a_finite_value_stores_nothing(run, capsys):
   assert sorted(run.glob('searched/*')) == before
 
 
+def test_a_search_with_a_guide_says_how_its_result_is_used(run, capsys):
+  guided = [f'--config.guide={run}', '--config.search.sampler=guided']
+  guided += ['--config.samplers.guided.fn=cmjax.guidance:autoguidance']
+  guided += ['--config.samplers.guided.sampler.fn=cmjax.samplers:one_step']
+  guided += ['--config.samplers.guided.guidance=2', '--config.search.key=guidance']
+  guided += ['--config.search.low=1', '--config.search.high=3']
+  assert searched(run, *guided, '--config.search.max_evaluations=3') == 0
+  used = f'--samplers=best_guidance --config.guide={run}'
+  assert used in capsys.readouterr().out
+
+
 def test_a_whole_number_in_the_config_is_searched_too(run, tmp_path):
   stored = json.loads((run / 'config.json').read_text())
   stored['samplers'] = dict(flow=dict(fn='cmjax.diffusion_samplers:ode', rho=7))
@@ -197,6 +208,7 @@ BAD = {
   'no sigma between': (['--config.search.low=79.9'], 'between 79.9 and 80: no'),
   'a negative sigma': (['--config.search.low=-1'], 'range of sigmas, got -1 and 80'),
   'above training': (['--config.search.high=500'], r'few: .* sigma = 500, which was'),
+  'a key of a value': (['--config.search.key=sigmas.x'], "no key 'sigmas.x'"),
   'not a number': (['--config.search.key=fn'], 'fn of few is not a number'),
   'one step': (['--config.search.num_steps=1'], 'num_steps: must be between 2'),
   'two evaluations': (['--config.search.max_evaluations=2'], 'max_evaluations'),

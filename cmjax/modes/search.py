@@ -66,7 +66,9 @@ def run(flags: argparse.Namespace) -> None:
     logs.say(f'use it as --config.{WIDTH}={found[-1].best:.4g}')
   else:
     names = ','.join(row['name'] for row in rows)
-    logs.say(f'use them as --mode=sample or evaluate --samplers={names}')
+    guide = trials.opened.config.guide
+    guided = f' --config.guide={guide}' if guide else ''
+    logs.say(f'use them as --mode=sample or evaluate --samplers={names}{guided}')
 
 
 class Trials:
@@ -192,8 +194,8 @@ def _sampler_with(key: str, opened: Opened) -> tuple[str, Any]:
 
 def _inner(part: Any, parents: list[str]) -> Any:
   for parent in parents:
-    part = part[parent] if parent in part else ConfigDict()
-  return part
+    part = part.get(parent) if isinstance(part, ConfigDict) else None
+  return part if isinstance(part, ConfigDict) else ConfigDict()
 
 
 def shown(value: Any) -> str:
