@@ -47,8 +47,9 @@ def run(flags: argparse.Namespace) -> None:
     if drawn.labels is not None:
       arrays['labels'] = drawn.labels
     results.write_arrays(folder / f'{name}.npz', arrays)
-  results.write_png(folder / 'all.png', logs.sheet(panels))
-  logs.say(f'{folder / "all.png"}; each sampler also has a .png and an .npz')
+  path = unused(folder / 'all', '.png')  # a sampler may have the name `all`
+  results.write_png(path, logs.sheet(panels))
+  logs.say(f'{path}; each sampler also has a .png and an .npz')
 
 
 def with_labels(source: Source, text: str) -> Source:
