@@ -1,6 +1,6 @@
 """Types and functions that all modules share: batches, models, losses, random keys."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NewType, Protocol
 import zlib
@@ -154,10 +154,13 @@ def first_line(error: Exception) -> str:
   return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
-def unused(path: Path, suffix: str = '') -> Path:
-  """`path` + suffix; if it exists, `path`_N + suffix with the smallest free N >= 2."""
+def unused(path: Path, suffix: str = '', taken: Collection[str] = ()) -> Path:
+  """`path` + suffix; if it exists, `path`_N + suffix with the smallest free N >= 2.
+
+  Names in `taken`, which are without the suffix, count as existing.
+  """
   candidate, number = path.with_name(path.name + suffix), 2
-  while candidate.exists():
+  while candidate.exists() or candidate.name.removesuffix(suffix) in taken:
     candidate, number = path.with_name(f'{path.name}_{number}{suffix}'), number + 1
   return candidate
 

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 from pathlib import Path
+import re
 import tempfile
 from typing import Any, NamedTuple
 
@@ -47,7 +48,8 @@ def measure(
   Features of finished batches are kept in `folder`, from which an interrupted
   measurement continues; None: nothing is kept.
 
-  Raises: UserError if two metrics return a value of the same name.
+  Raises: UserError if two metrics return a value of the same name, a value is not a
+    number, or another command has deleted batches in `folder`.
   """
   source, mesh = subject.source, subject.mesh
   draws = Draws(subject, params, sampler, num_samples, seed)
@@ -63,8 +65,17 @@ def measure(
 
     def values() -> dict[str, float]:
       result: dict[str, float] = {}
+      if metrics and len(store.finished()) != draws.num_batches:
+        raise UserError(
+          f'{store.folder}: batches were deleted, as by the same command at the same '
+          'time; repeat this one'
+        )
       for name, metric in metrics.items():
         new = metric.values(store.of(name), data[name])
+        if not _are_numbers(new):
+          raise UserError(
+            f'config.metrics.{name}: must return numbers by name, not {new!r:.80}'
+          )
         if duplicates := result.keys() & new.keys():
           raise UserError(
             f'config.metrics.{name}: returns {", ".join(sorted(duplicates))}, which '
@@ -77,31 +88,74 @@ def measure(
   return Measured(evaluations(subject, params, sampler), result)
 
 
+def _are_numbers(values: Any) -> bool:
+  return isinstance(values, Mapping) and all(
+    np.ndim(value) == 0 and np.asarray(value).dtype.kind in 'biuf'
+    for value in values.values()
+  )
+
+
 def measurement_id(
-  subject: Subject, params: Params, sampler: str, num_samples: int, seed: int
+  subject: Subject,
+  params: Params,
+  sampler: str,
+  metrics: Mapping[str, Metric],
+  num_samples: int,
+  seed: int,
 ) -> str:
-  """A name for all that the features of samples depend on."""
-  config = subject.config.to_dict()
-  keys = ('data', 'network', 'precond', 'metrics', 'evaluation', 'guide')
+  """A name for all that the features of samples depend on, also for the code."""
+  config, shape = subject.config.to_dict(), subject.source.shape
+  keys = ('data', 'network', 'precond', 'metrics', 'guide')
   facts = {key: config[key] for key in keys if key in config}
-  facts |= {'sampler': config['samplers'].get(sampler, sampler)}
-  facts['draw'] = [num_samples, seed]
+  facts['sampler'] = config['samplers'].get(sampler, sampler)
+  facts['labels'] = config['evaluation']['labels']
+  draws = Draws(subject, params, subject.samplers[sampler], num_samples, seed)
+  facts['draw'] = [num_samples, draws.batch_size, seed]
+
+  def sample(params, keys, cond):
+    return draws.sampler(subject.f, params, keys, cond, shape).x
+
+  cond = None
+  if subject.source.labels is not None:
+    cond = jax.ShapeDtypeStruct((1, subject.source.classes), jnp.float32)
+  programs: list[Params] = [
+    _program(sample, params, jax.random.split(jax.random.key(0), 1), cond)
+  ]
+  for metric in metrics.values():
+    program = _program(metric.features, metric.params, *_abstract(subject.source))
+    programs.append((program, metric.params))
   text = json.dumps(facts, sort_keys=True)
-  return digest(text, _fingerprint(params, subject.mesh))
+  return digest(text, *programs, _fingerprint(params, subject.mesh))
+
+
+def _program(function: Callable[..., Any], *arguments: Any) -> Params:
+  """The text and the constants of a program, which change with its code."""
+  traced = jax.make_jaxpr(function)(*arguments)
+  text = re.sub('0x[0-9a-f]+', '', str(traced.jaxpr))  # addresses of functions
+  return np.frombuffer(text.encode(), np.uint8), traced.consts
+
+
+def _abstract(source: Source) -> tuple[Any, Any]:
+  """A batch of x and labels, to trace the features of a metric."""
+  x = jax.ShapeDtypeStruct((3, *source.shape), jnp.float32)
+  labels = None if source.labels is None else jax.ShapeDtypeStruct((3,), jnp.int32)
+  return x, labels
 
 
 def _fingerprint(params: Params, mesh: jax.sharding.Mesh) -> list[np.ndarray]:
   """Sums over each parameter, which differ where weights differ, even if sharded."""
+  return [np.asarray(a) for a in _sums(mesh)(jax.tree.leaves(params))]
 
+
+@functools.lru_cache(maxsize=1)
+def _sums(mesh: jax.sharding.Mesh) -> Callable[..., list[Array]]:
   def sums(leaves):
     return [
       jnp.stack([jnp.sum(a), jnp.sum(jnp.abs(a)), jnp.sum(jnp.sin(1e3 * a))])
       for a in leaves
     ]
 
-  leaves = jax.tree.leaves(params)
-  compiled = jax.jit(sums, out_shardings=sharding.replicated(mesh))
-  return [np.asarray(a) for a in compiled(leaves)]
+  return jax.jit(sums, out_shardings=sharding.replicated(mesh))
 
 
 def _applied(metrics: Mapping[str, Metric]) -> tuple[tuple[str, Any], ...]:
@@ -130,7 +184,8 @@ def data_features(
   """The features of all data, for each metric that needs them.
 
   Those of a feature network are computed once, and cached by the contents of the data
-  and of the network; others are computed whenever they are iterated over.
+  and of the network, and by the program; others are computed whenever they are
+  iterated over.
   """
   batches: dict[str, Batches] = {}
   for name, metric in metrics.items():
@@ -171,7 +226,9 @@ def _cached(subject: Subject, name: str, metric: Metric) -> FeatureStore:
   source, mesh = subject.source, subject.mesh
   part = json.dumps(subject.config.to_dict()['metrics'][name], sort_keys=True)
   scale = json.dumps([source.offset, source.scale])
-  contents = digest(name, part, scale, source.examples, source.labels, metric.params)
+  program = _program(metric.features, metric.params, *_abstract(source))
+  data = (source.examples, source.labels)
+  contents = digest(name, part, scale, program, *data, metric.params)
   store = FeatureStore(cache_folder() / contents)
   finished = set(sharding.from_process_0(store.finished))
   num_batches = -(-len(source.examples) // _DATA_BATCH)
@@ -211,8 +268,7 @@ def build_metrics(subject: Subject, key: str = 'evaluation') -> dict[str, Metric
   if any('real' in _keywords(part, name) for name, part in config.metrics.items()):
     given['real'] = as_x0(source, source.examples)  # a copy of all data as floats
   metrics = build.build_each(config.metrics, 'config.metrics', Metric, **given)
-  x = jax.ShapeDtypeStruct((1, *source.shape), jnp.float32)
-  labels = None if source.labels is None else jax.ShapeDtypeStruct((1,), jnp.int32)
+  x, labels = _abstract(source)
   num_samples = getattr(config, key).num_samples
   for name, metric in metrics.items():
     if metric.min_samples > num_samples:
@@ -226,7 +282,13 @@ def build_metrics(subject: Subject, key: str = 'evaluation') -> dict[str, Metric
         f'data, and there are {len(source.examples)}'
       )
     with part_errors(f'config.metrics.{name}'):
-      jax.eval_shape(metric.features, metric.params, x, labels)
+      features = jax.eval_shape(metric.features, metric.params, x, labels)
+      if not isinstance(features, Mapping) or not all(
+        np.shape(value)[:1] == x.shape[:1] for value in features.values()
+      ):
+        raise UserError(
+          'features must be arrays f[B, ...] by name, one row per example'
+        )
   return metrics
 
 

@@ -49,17 +49,25 @@ class Draws(NamedTuple):
   num_samples: int
   seed: int
 
+  @property
+  def batch_size(self) -> int:
+    """Samples per batch, a multiple of the number of devices."""
+    size = min(self.subject.config.evaluation.batch_size, self.num_samples)
+    return -(-size // self.subject.mesh.size) * self.subject.mesh.size
+
+  @property
+  def num_batches(self) -> int:
+    """Batches of all samples; the last one is padded."""
+    return -(-self.num_samples // self.batch_size)
+
   def batches(
     self, check: Check = lambda: None, skipped: Collection[int] = ()
   ) -> Iterator[DrawnBatch]:
     """Draws each batch that is not skipped; `check` is called before each."""
-    source, mesh = self.subject.source, self.subject.mesh
-    size = min(self.subject.config.evaluation.batch_size, self.num_samples)
-    size = -(-size // mesh.size) * mesh.size
-    num_batches = -(-self.num_samples // size)
+    source, mesh, size = self.subject.source, self.subject.mesh, self.batch_size
     sample_batch = _compiled(self.subject.f, self.sampler, source.shape, mesh)
     by_example = sharding.by_example(mesh)
-    missing = [i for i in range(num_batches) if i not in set(skipped)]
+    missing = sorted(set(range(self.num_batches)) - set(skipped))
     for i in logs.counted(missing, size, 'samples'):
       check()
       indices = np.arange(i * size, (i + 1) * size)

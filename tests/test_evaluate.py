@@ -228,25 +228,47 @@ def test_an_evaluation_keeps_no_more_samples_in_memory_than_a_batch(
 
 
 def test_an_evaluation_is_known_by_all_that_its_samples_depend_on(one_device):
-  subject = opened(digits(), labelled, one_device, one=samplers.one_step())
+  source = digits()
+  named = {'one': samplers.one_step(), 'another': samplers.one_step()}
+  subject = opened(source, labelled, one_device, **named)
 
   def identity(
-    params=(1.0, 1.0, 1.0), name='one', num_samples=50, seed=1, subject=subject
+    params=(1.0, 1.0, 1.0),
+    name='one',
+    num_samples=50,
+    seed=1,
+    subject=subject,
+    factor=1.0,
   ):
+    metric = Metric((), lambda params, x, labels: {'x': factor * x}, lambda *_: {})
     tree = {'w': jnp.asarray(params)}
-    return evaluation.measurement_id(subject, tree, name, num_samples, seed)
+    return evaluation.measurement_id(
+      subject, tree, name, {'mine': metric}, num_samples, seed
+    )
 
   other = subject.config.copy_and_resolve_references()
   other.precond.sigma_data = 0.6
+  balanced = subject.config.copy_and_resolve_references()
+  balanced.evaluation.labels = 'balanced'
+  # The batches of eight devices have other samples, as 50 is no multiple of 8.
+  devices = subject._replace(mesh=sharding.data_mesh())
+  edited = samplers.one_step(sigma_max=70.0)  # the same config, another function
   changed = [
     identity(params=(1.0, 1.0, 1.0 + 1e-6)),
     identity(name='another'),
     identity(num_samples=51),
     identity(seed=2),
     identity(subject=subject._replace(config=other)),
+    identity(subject=subject._replace(config=balanced)),
+    identity(subject=devices),
+    identity(subject=subject._replace(samplers=named | {'one': edited})),
+    identity(factor=2.0),
   ]
-  assert len({identity(), *changed}) == 6
+  assert len({identity(), *changed}) == 10
   assert identity() == identity()
+  more = subject.config.copy_and_resolve_references()
+  more.evaluation.num_seeds += 1
+  assert identity() == identity(subject=subject._replace(config=more))
 
 
 def test_features_of_data_are_computed_once_for_a_network(one_device, monkeypatch):
@@ -272,6 +294,50 @@ def test_features_of_data_are_computed_once_for_a_network(one_device, monkeypatc
   evaluation.data_features(subject, {'net': metric._replace(params=jnp.float32(2.0))})
   jax.effects_barrier()
   assert len(calls) == 8
+  edited = metric._replace(features=lambda *given: {'sum': 2 * features(*given)['sum']})
+  data = evaluation.data_features(subject, {'net': edited})
+  np.testing.assert_allclose(edited.values((), data['net'])['mean'], 2 * expected, 1e-5)
+
+
+def test_a_batch_that_another_command_has_deleted_is_an_error(one_device, tmp_path):
+  subject = opened(
+    digits(), labelled, one_device, batch_size=8, one=samplers.one_step()
+  )
+  drawn = []
+
+  def check():
+    drawn.append(1)
+    if len(drawn) == 4:
+      feature_store.FeatureStore(tmp_path / 'features').remove()
+
+  with pytest.raises(core.UserError, match='batches were deleted'):
+    measured(subject, {'frechet': pixel_frechet()}, tmp_path / 'features', check)
+
+
+def test_a_metric_that_returns_another_type_is_refused_with_its_name(one_device):
+  subject = opened(digits(), labelled, one_device, one=samplers.one_step())
+  for values in ({'text': 'b'}, {'vector': np.zeros(2)}, {'none': None}):
+    with pytest.raises(core.UserError, match=r'metrics\.mine: must return numbers by'):
+      measured(subject, {'mine': returning(**values)})
+
+
+def mean_of_a_batch() -> Metric:
+  def features(params, x, labels):
+    return {'mean': jnp.mean(x, axis=0, keepdims=True)}
+
+  return Metric((), features, lambda *_: {}, needs_data=False)
+
+
+def features_without_names() -> Metric:
+  return Metric((), lambda params, x, labels: x, lambda *_: {}, needs_data=False)
+
+
+@pytest.mark.parametrize('metric', [mean_of_a_batch, features_without_names])
+def test_features_without_a_row_per_example_are_refused(one_device, metric):
+  subject = opened(digits(), labelled, one_device)
+  subject.config.metrics = dict(mine=dict(fn=f'tests.test_evaluate:{metric.__name__}'))
+  with pytest.raises(core.UserError, match=r'config\.metrics\.mine: features must be'):
+    evaluation.build_metrics(subject)
 
 
 def test_seeds_are_reported_one_by_one_with_their_mean_and_least_value(one_device):
@@ -287,6 +353,38 @@ def test_seeds_are_reported_one_by_one_with_their_mean_and_least_value(one_devic
   text = evaluate.page([row])
   assert f'{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}' in text
   assert f'| one | least | {min(values):.3f} |' in text
+
+
+def returning(**numbers):
+  """A metric that returns these numbers."""
+  return Metric((), lambda params, x, labels: {}, lambda *_: numbers, needs_data=False)
+
+
+def test_a_value_that_is_not_finite_is_reported_with_several_seeds(one_device):
+  subject = opened(digits(), labelled, one_device, one=samplers.one_step())
+  metrics = {'broken': returning(nan=np.nan, infinite=np.inf, whole=2)}
+  (row,) = evaluate.table(subject, None, metrics, num_seeds=2)
+  assert np.isnan([row['nan'], row['deviation']['nan'], row['least']['nan']]).all()
+  assert row['infinite'] == np.inf
+  assert (row['whole'], row['deviation']['whole']) == (2, 0)
+  assert 'nan ± nan' in evaluate.page([row])
+
+
+def test_small_values_such_as_a_kernel_distance_keep_their_digits(one_device):
+  subject = opened(digits(), labelled, one_device, one=samplers.one_step())
+  metrics = {'kernel': returning(kid=5.25e-4, zero=0.0, large=2.5)}
+  (row,) = evaluate.table(subject, None, metrics)
+  assert '| one | 1 | 50 | 0.000525 | 0.000 | 2.500 |' in evaluate.page([row])
+  (row,) = evaluate.table(subject, None, metrics, num_seeds=2)
+  assert '| 0.000525 ± 0 | 0.000 ± 0.000 | 2.500 ± 0.000 |' in evaluate.page([row])
+
+
+@pytest.mark.parametrize('name', ['seed', 'seeds', 'least', 'samples'])
+def test_a_value_may_not_have_the_name_of_a_column(one_device, name):
+  subject = opened(digits(), labelled, one_device, one=samplers.one_step())
+  metrics = {'mine': returning(**{name: 1.0})}
+  with pytest.raises(core.UserError, match=f'no metric may return {name}'):
+    evaluate.table(subject, None, metrics, num_seeds=2)
 
 
 def test_balanced_labels_have_each_class_in_turn(one_device):
@@ -346,3 +444,23 @@ def test_a_damaged_batch_of_features_is_not_finished(tmp_path):
   (tmp_path / '000003.unfinished').write_bytes(b'half')
   assert store.finished() == [0, 2]
   assert [batch['x'].tolist() for batch in store.of('a')] == [[0, 0], [2, 2]]
+
+
+def test_a_metric_without_features_receives_none_of_another(tmp_path):
+  store = feature_store.FeatureStore(tmp_path)
+  store.write(0, {'a/x': np.zeros(2)})
+  assert list(store.of('b')) == [{}]
+
+
+def test_two_commands_may_write_the_same_batch(tmp_path, monkeypatch):
+  save = np.savez
+
+  def slow(file, **arrays):  # another command writes the batch in the meantime
+    monkeypatch.setattr(np, 'savez', save)
+    feature_store.FeatureStore(tmp_path).write(0, {'x': np.ones(2)})
+    save(file, **arrays)
+
+  monkeypatch.setattr(np, 'savez', slow)
+  store = feature_store.FeatureStore(tmp_path)
+  store.write(0, {'x': np.ones(2)})
+  assert [batch['x'].tolist() for batch in store] == [[1, 1]]

@@ -8,6 +8,7 @@ import pytest
 
 from cmjax import core, main, samplers, train
 from cmjax.data.source import clip
+from cmjax.port import write
 from cmjax.runtime import checkpoint, pretrained
 from cmjax.runtime.config import ConfigDict
 from cmjax.runtime.reopen import beside, reopen, subject_of
@@ -213,6 +214,24 @@ def test_a_subject_is_of_the_next_step_and_at_the_end_of_the_last(with_target):
     opened = reopen(workdir / 'checkpoints' / str(step))
     steps[step] = subject_of(opened).step
   assert steps == {2: 2, 4: 4, 5: 4}  # of 5 steps, 0 to 4
+
+
+def test_weights_without_data_are_sampled_by_the_name_of_a_sampler(taught, tmp_path):
+  model = pretrained.load(taught / 'labels')
+  config = {key: model.config[key] for key in ('network', 'precond')}
+  config |= dict(objective={}, sample_weights='online')
+  meta = model._replace(config=ConfigDict(config)).meta()
+  path = tmp_path / 'w.safetensors'
+  write.safetensors(path, jax.tree.map(np.asarray, model.params), meta)
+  command = [f'--workdir={path}', '--mode=sample', '--samplers=heun,all']
+  command += ['--config.samplers.all.fn=cmjax.samplers:one_step']
+  # Labels that are given come before `balanced`.
+  command += ['--labels=3,7', '--config.evaluation.labels=balanced']
+  assert main.main([*command, '--config.evaluation.num_pictured=3']) == 0
+  samples = beside(reopen(path, needs_data=False)) / 'samples' / 'step_00000000'
+  assert np.load(samples / 'heun.npz')['labels'].tolist() == [3, 7, 3]
+  pictures = sorted(path.name for path in samples.glob('*.png'))
+  assert pictures == ['all.png', 'all_2.png', 'heun.png']  # all_2: of both samplers
 
 
 def test_weights_alone_have_no_target_network_to_study(with_target, tmp_path):

@@ -25,6 +25,7 @@ def distance_of_last_sigma() -> Metric:
     return {
       'distance': float((np.log(found) - np.log(BEST)) ** 2),
       'size': float(found),
+      'broken': float('nan'),
     }
 
   return Metric((), features, values, needs_data=False)
@@ -108,6 +109,58 @@ def test_what_was_found_is_used_by_name_and_not_overwritten(run, capsys):
   assert "no sampler 'best_9'; known: heun, one_step, best_2" in capsys.readouterr().err
 
 
+def test_a_result_has_not_the_name_of_a_sampler_of_the_config(run, capsys):
+  config = ['--config.samplers.best_2.fn=cmjax.samplers:one_step']
+  assert searched(run, *config, '--config.search.sampler=few') == 0
+  assert re.search(r'--samplers=best_2_\d+\n', capsys.readouterr().out)
+
+
+def test_a_search_without_a_finite_value_stores_nothing(run, capsys):
+  before = sorted(run.glob('searched/*'))
+  few = '--config.search.max_evaluations=3'
+  assert searched(run, '--config.search.metric=broken', few) == 2
+  assert 'no value of broken is finite' in capsys.readouterr().err
+  assert sorted(run.glob('searched/*')) == before
+
+
+def test_a_search_with_a_guide_says_how_its_result_is_used(run, capsys):
+  guided = [f'--config.guide={run}', '--config.search.sampler=guided']
+  guided += ['--config.samplers.guided.fn=cmjax.guidance:autoguidance']
+  guided += ['--config.samplers.guided.sampler.fn=cmjax.samplers:one_step']
+  guided += ['--config.samplers.guided.guidance=2', '--config.search.key=guidance']
+  guided += ['--config.search.low=1', '--config.search.high=3']
+  assert searched(run, *guided, '--config.search.max_evaluations=3') == 0
+  used = f'--samplers=best_guidance --config.guide={run}'
+  assert used in capsys.readouterr().out
+
+
+def test_a_whole_number_in_the_config_is_searched_too(run, tmp_path):
+  stored = json.loads((run / 'config.json').read_text())
+  stored['samplers'] = dict(flow=dict(fn='cmjax.diffusion_samplers:ode', rho=7))
+  (tmp_path / 'config.json').write_text(json.dumps(stored))
+  flags = [f'--config={tmp_path / "config.json"}', '--config.search.sampler=flow']
+  flags += [
+    '--config.search.key=rho',
+    '--config.search.low=5',
+    '--config.search.high=9',
+  ]
+  assert searched(run, *flags, '--config.search.max_evaluations=3') == 0
+  (path,) = (run / 'searched').glob('best_rho*.json')
+  assert 5 < json.loads(path.read_text())['sampler']['rho'] < 9
+
+
+def test_a_damaged_result_is_one_line(run, capsys):
+  (run / 'searched').mkdir(exist_ok=True)
+  (run / 'searched' / 'other.json').write_text('{"key": "skip"}')
+  (run / 'searched' / 'cut.json').write_text('{"key": ')
+  for name in ('other', 'cut'):
+    command = [f'--workdir={run}', '--mode=sample', f'--samplers={name}']
+    assert main.main(command) == 2
+    assert f'{name}.json' in capsys.readouterr().err
+  for name in ('other', 'cut'):
+    (run / 'searched' / f'{name}.json').unlink()
+
+
 def test_search_varies_a_number_and_can_maximise(run):
   phased = (
     '--config.samplers.jumps.fn=cmjax.samplers:phased',
@@ -142,9 +195,13 @@ def test_search_varies_the_width_of_the_average(run, capsys):
 
 BAD = {
   'seed of an evaluation': (['--config.search.seed=2'], r'config\.search\.seed: 2'),
+  'a list of samplers': (['--samplers=few'], r'give --config\.search\.sampler=NAME'),
   'unknown sampler': (['--config.search.sampler=many'], "no sampler 'many'"),
   'unknown key': (['--config.search.key=skip'], "no key 'skip'"),
-  'unknown metric': (['--config.search.metric=fid'], "no 'fid'; known: distance, size"),
+  'unknown metric': (
+    ['--config.search.metric=fid'],
+    "no 'fid'; known: distance, size, broken",
+  ),
   'no range': (
     ['--config.search.sampler=heun', '--config.search.key=rho'],
     'must be the range of rho',
@@ -155,6 +212,9 @@ BAD = {
   ),
   'high above training': (['--config.search.high=99'], r'search: .* sigma = 99, which'),
   'low below zero': (['--config.search.low=-1'], r'search: .* sigma = -1, which'),
+  'no sigma between': (['--config.search.low=79.9'], 'range of sigmas, got 79.9 and'),
+  'a key of a value': (['--config.search.key=sigmas.x'], "no key 'sigmas.x'"),
+  'not a number': (['--config.search.key=fn'], 'fn of few is not a number'),
   'one step': (['--config.search.num_steps=1'], 'num_steps: must be between 2'),
   'two evaluations': (['--config.search.max_evaluations=2'], 'max_evaluations'),
 }

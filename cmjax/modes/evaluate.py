@@ -3,7 +3,6 @@
 import argparse
 from collections.abc import Callable, Mapping
 from pathlib import Path
-import statistics
 from typing import Any
 
 import jax
@@ -46,7 +45,9 @@ def table(
       size = settings.num_samples
       place = None
       if folder:
-        place = folder / evaluation.measurement_id(subject, params, name, size, seed)
+        place = folder / evaluation.measurement_id(
+          subject, params, name, metrics, size, seed
+        )
         finished.append(FeatureStore(place))
       result = evaluation.measure(
         subject,
@@ -59,13 +60,18 @@ def table(
         folder=place,
         check=check,
       )
+      if taken := RESERVED & result.values.keys():
+        raise UserError(
+          f'config.metrics: {name}: no metric may return {", ".join(sorted(taken))}; '
+          'rename its value'
+        )
       measured.append({'seed': seed} | result.values)
     row = {
       'sampler': name,
       'evaluations': result.evaluations,
       'samples': settings.num_samples,
     }
-    rows.append(row | _over_seeds(measured, name))
+    rows.append(row | _over_seeds(measured))
   if folder and jax.process_index() == 0:
     for store in finished:
       store.remove()
@@ -74,30 +80,38 @@ def table(
   return rows
 
 
-def _over_seeds(measured: list[dict[str, Any]], sampler: str) -> dict[str, Any]:
-  """The mean of each metric; with several seeds also its deviation and least value."""
+NESTED = ('deviation', 'least', 'seeds')  # keys of a row with several seeds
+RESERVED = {'sampler', 'evaluations', 'samples', 'seed', *NESTED}
+
+
+def _over_seeds(measured: list[dict[str, Any]]) -> dict[str, Any]:
+  """The mean of each metric; with several seeds also its deviation and least value.
+
+  They are NaN or infinite if a value is.
+  """
   names = [name for name in measured[0] if name != 'seed']
-  if taken := {'sampler', 'evaluations', 'samples', 'seeds'} & set(names):
-    raise UserError(
-      f'config.metrics: {sampler}: no metric may return {", ".join(sorted(taken))}'
-    )
-  values = {name: [float(row[name]) for row in measured] for name in names}
-  row: dict[str, Any] = {name: statistics.fmean(v) for name, v in values.items()}
-  if len(measured) > 1:
-    row['deviation'] = {name: statistics.stdev(v) for name, v in values.items()}
-    row['least'] = {name: min(v) for name, v in values.items()}
-    row['seeds'] = measured
+  values = np.array([[row[name] for name in names] for row in measured])
+  with np.errstate(invalid='ignore'):  # of infinity minus infinity
+    row: dict[str, Any] = _named(names, np.mean(values, axis=0))
+    if len(measured) > 1:
+      row['deviation'] = _named(names, np.std(values, axis=0, ddof=1))
+      row['least'] = _named(names, np.min(values, axis=0))
+      row['seeds'] = measured
   return row
+
+
+def _named(names: list[str], values: np.ndarray) -> dict[str, float]:
+  return dict(zip(names, values.tolist()))
 
 
 def page(rows: list[dict[str, Any]]) -> str:
   """The rows as Markdown: means and deviations; then each seed, and the least value."""
-  nested = ('deviation', 'least', 'seeds')
   summary, each = [], []
   for row in rows:
-    cells = {key: value for key, value in row.items() if key not in nested}
+    cells = {key: value for key, value in row.items() if key not in NESTED}
     for name, deviation in row.get('deviation', {}).items():
-      cells[name] = f'{row[name]:.3f} ± {deviation:.3f}'
+      form = logs.digits(row[name])
+      cells[name] = f'{row[name]:{form}} ± {deviation:{form}}'
     summary.append(cells)
     each += [{'sampler': row['sampler'], **seed} for seed in row.get('seeds', ())]
     if 'least' in row:

@@ -1,6 +1,7 @@
 """`--mode=sample`: draws samples from a run or a file of weights."""
 
 import argparse
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,9 @@ def run(flags: argparse.Namespace) -> None:
   source = opened.source
   if flags.labels:
     source = with_labels(source, flags.labels)
-    opened = opened._replace(source=source)
+    in_order = dataclasses.replace(opened.config.evaluation, labels='data')
+    config = dataclasses.replace(opened.config, evaluation=in_order)
+    opened = opened._replace(source=source, config=config)
   opened = for_sampling(opened, flags.samplers)
   folder = unused(beside(opened) / 'samples' / f'step_{opened.step:08d}')
   evaluation, panels = opened.config.evaluation, {}
@@ -44,8 +47,9 @@ def run(flags: argparse.Namespace) -> None:
     if drawn.labels is not None:
       arrays['labels'] = drawn.labels
     results.write_arrays(folder / f'{name}.npz', arrays)
-  results.write_png(folder / 'all.png', logs.sheet(panels))
-  logs.say(f'{folder / "all.png"}; each sampler also has a .png and an .npz')
+  path = unused(folder / 'all', '.png')  # a sampler may have the name `all`
+  results.write_png(path, logs.sheet(panels))
+  logs.say(f'{path}; each sampler also has a .png and an .npz')
 
 
 def with_labels(source: Source, text: str) -> Source:

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+import math
 from typing import Any, NamedTuple
 
 from cmjax import evaluation
@@ -13,6 +14,7 @@ from cmjax.runtime.reopen import (
   SEARCHED,
   Opened,
   beside,
+  check_sampled,
   facts,
   for_sampling,
   reopen_for,
@@ -36,6 +38,10 @@ class Found(NamedTuple):
 
 def run(flags: argparse.Namespace) -> None:
   """Searches, and stores each result with its whole curve beside the weights."""
+  if flags.samplers:
+    raise UserError(
+      '--samplers: is not for --mode=search; give --config.search.sampler=NAME'
+    )
 
   def weights(*overrides: tuple[str, str]) -> Opened:
     every = (*flags.overrides, *overrides)
@@ -45,7 +51,7 @@ def run(flags: argparse.Namespace) -> None:
   found = _search(trials)
   folder, rows = beside(trials.opened) / SEARCHED, []
   for name, best, value, curve in found:
-    path = unused(folder / name, '.json')
+    path = unused(folder / name, '.json', taken=tuple(trials.opened.config.samplers))
     axis = trials.key.rpartition('.')[2].replace('sigmas', 'last_sigma')
     points = [{axis: x, trials.metric: y} for x, y in curve]
     result = {'key': trials.key, 'best': best, trials.metric: value, 'curve': points}
@@ -62,7 +68,9 @@ def run(flags: argparse.Namespace) -> None:
     logs.say(f'use it as --config.{WIDTH}={found[-1].best:.4g}')
   else:
     names = ','.join(row['name'] for row in rows)
-    logs.say(f'use them as --mode=sample or evaluate --samplers={names}')
+    guide = trials.opened.config.guide
+    guided = f' --config.guide={guide}' if guide else ''
+    logs.say(f'use them as --mode=sample or evaluate --samplers={names}{guided}')
 
 
 class Trials:
@@ -89,7 +97,8 @@ class Trials:
       self.low, self.high = self.low or SIGMA_MIN, self.high or float(first[0])
       with part_errors('config.search'):
         check_sigmas((self.low, self.high), opened.f, opened.config.objective)
-    if self.low >= self.high:
+    closest = 1.02 * self.low if self.of_times else self.low  # the tolerance of sigmas
+    if closest >= self.high:
       raise UserError(
         f'config.search: low and high must be the range of {self.key}, got '
         f'{self.low:g} and {self.high:g}'
@@ -106,22 +115,27 @@ class Trials:
     part: Any = ConfigDict(samplers[self.name].to_dict())
     if self.key != WIDTH:
       *parents, last = self.key.split('.')
-      _inner(part, parents)[last] = value
+      inner = _inner(part, parents)
+      with inner.ignore_type():  # a whole number may become a float
+        inner[last] = value
     return part
 
   def __call__(self, value: Any) -> float:
     """The metric for one value of the key, negative if it is to be maximised.
 
-    Raises: UserError if no metric has the name that is searched for.
+    Raises: UserError if the sampler does not take the value, the model was not trained
+      at its noise levels, or no metric has the name that is searched for.
     """
     settings, opened = self.opened.config.search, self.opened
     if self.key == WIDTH:
       opened = self._weights((WIDTH, repr(value)))
     where = f'config.samplers.{self.name}'
+    sampler = build.build(self.part(value), where, Sampler)
+    check_sampled(opened._replace(samplers={self.name: sampler}))
     values = evaluation.measure(
       opened,
       opened.params,
-      build.build(self.part(value), where, Sampler),
+      sampler,
       self._metrics,
       self._features,
       seed=settings.seed,
@@ -152,6 +166,12 @@ def _search(trials: Trials) -> list[Found]:
       trials, low, high, tolerance=tolerance, max_evaluations=most, log=log
     )
     every = [Found(f'best_{trials.key.replace(".", "_")}', *result)]
+  every = [found for found in every if math.isfinite(found.value)]
+  if not every:
+    raise UserError(
+      f'config.search: {trials.key} between {low:g} and {high:g}: no value of '
+      f'{trials.metric} is finite; nothing is stored'
+    )
   return [
     Found(name, best, sign * value, [(x, sign * y) for x, y in curve])
     for name, best, value, curve in every
@@ -166,16 +186,22 @@ def _sampler_with(key: str, opened: Opened) -> tuple[str, Any]:
   *parents, last = key.split('.')
   for name in names:
     inner = _inner(samplers[name], parents)
-    if key == WIDTH or last in inner:
-      return name, inner.get(last) if key != WIDTH else None
+    if key == WIDTH:
+      return name, None
+    if last in inner:
+      value = inner[last]
+      is_number = isinstance(value, int | float) and not isinstance(value, bool)
+      if last != 'sigmas' and not is_number:
+        raise UserError(f'config.search.key: {key} of {name} is not a number')
+      return name, value
   what = f'{", ".join(names)}: no key {key!r}' if names else f'no sampler {chosen!r}'
   raise UserError(f'config.search: {what}; add one to config.samplers')
 
 
 def _inner(part: Any, parents: list[str]) -> Any:
   for parent in parents:
-    part = part[parent] if parent in part else ConfigDict()
-  return part
+    part = part.get(parent) if isinstance(part, ConfigDict) else None
+  return part if isinstance(part, ConfigDict) else ConfigDict()
 
 
 def shown(value: Any) -> str:

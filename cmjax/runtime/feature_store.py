@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 import shutil
 from typing import Any
+import uuid
 import zipfile
 
 import jax
@@ -33,7 +34,8 @@ class FeatureStore:
   def write(self, index: int, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes a batch as a whole or not at all."""
     self.folder.mkdir(parents=True, exist_ok=True)
-    unfinished = self.folder / f'{index:06d}.unfinished'
+    # Of a new name, as another command may be writing the same batch.
+    unfinished = self.folder / f'{index:06d}.{uuid.uuid4().hex}.unfinished'
     with open(unfinished, 'wb') as file:
       # `np.savez` has keywords of its own, such as `file`, which have no underscore.
       underscored: Any = {f'_{name}': array for name, array in arrays.items()}
@@ -44,7 +46,9 @@ class FeatureStore:
     """Yields the arrays of each batch by name, in the order of the batches."""
     for index in self.finished():
       with np.load(self.folder / f'{index:06d}.npz', allow_pickle=False) as file:
-        names = self._names or {name[1:]: name[1:] for name in file.files}
+        names = self._names
+        if names is None:
+          names = {name[1:]: name[1:] for name in file.files}
         yield {name: file[f'_{stored}'] for name, stored in names.items()}
 
   def of(self, prefix: str) -> 'FeatureStore':

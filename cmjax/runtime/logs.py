@@ -242,11 +242,16 @@ def parameter_table(params: Any) -> str:
   return parameter_overview.get_parameter_overview(params, include_stats=False)
 
 
+def digits(value: float) -> str:
+  """The format of a number: three decimals, or three digits if that shows none."""
+  return '.3g' if 0 < abs(value) < 0.01 else '.3f'
+
+
 def markdown_table(rows: list[dict[str, Any]]) -> str:
-  """Rows with the same keys as a Markdown table; floats have three decimals."""
+  """Rows with the same keys as a Markdown table; floats are in `digits`."""
 
   def cell(value):
-    return f'{value:.3f}' if isinstance(value, float) else str(value)
+    return format(value, digits(value)) if isinstance(value, float) else str(value)
 
   columns = list(rows[0])
   lines = [

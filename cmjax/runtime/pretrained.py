@@ -159,7 +159,8 @@ def _with_model(config: ConfigDict | None, stored: Any) -> ConfigDict:
     return config or stored
   merged = ConfigDict(config.to_dict() if config else _sampling(stored.precond.fn))
   for key in _MODEL_KEYS:
-    merged[key] = stored[key]
+    if key in stored:
+      merged[key] = stored[key]
   return merged
 
 

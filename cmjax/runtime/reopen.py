@@ -1,6 +1,7 @@
 """Reopens trained weights, of a run or of a file, with their config and data."""
 
 from collections.abc import Iterable
+import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from cmjax.core import Model, Nets, Params, UserError
 from cmjax.data.source import Source, as_x0, batch_at, one_hot, placeholder
 from cmjax.guidance import GuidedParams, WithGuide
 from cmjax.runtime import checkpoint, logs, pretrained, sharding, storage
-from cmjax.runtime.build import build, build_each, build_model, is_part
+from cmjax.runtime.build import build, build_each, build_model, check_part, is_part
 from cmjax.runtime.config import Config, ConfigDict, checked, completed
 from cmjax.runtime.config_files import read
 from cmjax.runtime.config_json import read_json
@@ -128,10 +129,16 @@ def for_sampling(opened: Opened, names: str = '') -> Opened:
     check_fits(config.guide, guide, source)
     params = GuidedParams(opened.params, guide.params)
     opened = opened._replace(f=WithGuide(opened.f, guide.f), params=params)
+  check_sampled(opened)
+  return opened
+
+
+def check_sampled(opened: Opened) -> None:
+  """Raises UserError naming the sampler that the model cannot be sampled with."""
+  source = opened.source
   classes = 0 if source.labels is None else source.classes
   model = (opened.f, opened.params, source.shape, classes)
-  check_samplers(opened.samplers, *model, config.objective)
-  return opened
+  check_samplers(opened.samplers, *model, opened.config.objective)
 
 
 def _with_samplers(opened: Opened, names: str) -> Opened:
@@ -142,11 +149,13 @@ def _with_samplers(opened: Opened, names: str) -> Opened:
     if name in opened.config.samplers:
       parts[name] = opened.config.samplers[name]
     elif name in searched:
-      parts[name] = read_json(searched[name], opened.trust)['sampler']
+      parts[name] = read_json(searched[name], opened.trust).get('sampler')
+      check_part(parts[name], f'{searched[name]}: sampler')
     else:
       known = ', '.join([*opened.config.samplers, *searched])
       raise UserError(f'--samplers: no sampler {name!r}; known: {known}')
-  config = opened.config.replace(samplers=ConfigDict(parts).to_dict())
+  # Not `config.replace`, which would refuse weights that were stored without data.
+  config = dataclasses.replace(opened.config, samplers=ConfigDict(parts))
   samplers = build_each(ConfigDict(parts), '--samplers', Sampler)
   in_order = {name: samplers[name] for name in parts}
   return opened._replace(config=config, samplers=in_order)
