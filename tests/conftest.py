@@ -34,7 +34,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SLOW = (
   *('test_compile.py', 'test_bench_peers.py', 'test_checkpoint.py', 'test_configs.py'),
   *('test_continuous.py', 'test_contracts.py', 'test_fuzz_configs.py'),
-  *('test_classifier.py', 'test_edit_mode.py', 'test_search_mode.py'),
+  *('test_classifier.py', 'test_edit_mode.py', 'test_editing.py', 'test_likelihood.py'),
+  'test_search_mode.py',
   *('test_hostile_files.py', 'test_main.py', 'test_names.py', 'test_perceptual.py'),
   *(
     'test_snapshots.py',

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from cmjax import main
 from tests.conftest import ROOT
 
 SMALL = [
@@ -25,9 +26,6 @@ SMALL = [
   '--config.evaluation.num_pictured=32',
   '--config.every.log_steps=1',
 ]
-
-
-NO_PICTURES = ['--config.every.picture_steps=0']
 
 
 def launched(processes, devices, *arguments, small=SMALL):
@@ -82,24 +80,22 @@ def test_two_processes_of_four_devices_are_one_of_eight(fsdp, tmp_path):
 
 
 def test_two_processes_measure_what_one_does(tmp_path):
-  run = f'--workdir={tmp_path / "run"}'
-  text = output(launched(1, 2, run, '--config.total_images=64', *NO_PICTURES))
-  assert 'done:' in text
+  run = f'--workdir={tmp_path}'
+  small = ['--config.total_images=64', '--config.every.picture_steps=0']
+  assert main.main([*SMALL, run, *small]) == 0
   evaluation = ['--mode=evaluate', '--config.evaluation.num_samples=40', run]
   evaluation += ['--config.evaluation.num_seeds=1', '--config.evaluation.batch_size=16']
-  found = []
-  for processes in (1, 2):
-    pod = launched(processes, 2, *evaluation, small=())
-    text = output(pod)
-    assert pod.returncode == 0, text
-    assert text.count('evaluation_00000002') == 1, text  # by the first process only
-    path = sorted((tmp_path / 'run').glob('evaluation_*.json'))[-1]
-    found.append(json.loads(path.read_text())['rows'])
-  assert len(list((tmp_path / 'run').glob('evaluation_*.json'))) == 2
-  for a, b in zip(*found, strict=True):
+  assert main.main(evaluation) == 0
+  pod = launched(2, 1, *evaluation, small=())
+  text = output(pod)
+  assert pod.returncode == 0, text
+  assert text.count('evaluation_00000002') == 1, text  # by the first process only
+  first, second = sorted(tmp_path.glob('evaluation_*.json'))
+  rows_of = (json.loads(path.read_text())['rows'] for path in (first, second))
+  for a, b in zip(*rows_of, strict=True):
     assert b['label_agreement'] == a['label_agreement']
     assert b['pixel_frechet'] == pytest.approx(a['pixel_frechet'], rel=1e-6)
-  assert not (tmp_path / 'run' / 'evaluation.unfinished').exists()
+  assert not (tmp_path / 'evaluation.unfinished').exists()
 
 
 @pytest.fixture
