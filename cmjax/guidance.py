@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cmjax import checks
-from cmjax.core import Array, Denoiser, Key, Model, Params
+from cmjax.core import Array, Denoiser, Model, Params
 from cmjax.fields import guided
 from cmjax.samplers import Sampler, Samples
 
@@ -30,16 +30,7 @@ class WithGuide(NamedTuple):
   model: Model
   guide: Model
 
-  def __call__(
-    self,
-    params: Params,
-    x: Array,
-    sigma: Array,
-    cond: Array | None,
-    /,
-    *,
-    key: Key | None = None,
-  ) -> Array:
+  def __call__(self, params, x, sigma, cond, /, *, key=None) -> Array:
     """The better model at x f32[B, ...] of the VE process and sigma f32[B]."""
     return self.model(params.params, x, sigma, cond, key=key)
 

@@ -151,6 +151,10 @@ def test_label_agreement_is_high_on_real_digits_and_a_tenth_on_shuffled_labels()
   assert abs(agreement - 0.1) < 0.03  # 4 standard deviations of 1,797 coins
   broken = np.where(np.arange(len(x))[:, None, None, None] < 900, np.nan, x)
   assert value_of(metric, source, broken, source.labels) < 0.51
+  two = source.labels < 2  # scikit-learn then has one row of coefficients, not two
+  metric = label_agreement(real=x[two], labels=source.labels[two])
+  assert value_of(metric, source, x[two], source.labels[two]) > 0.98
+  assert value_of(metric, source, x[two], 1 - source.labels[two]) < 0.02
   with pytest.raises(ValueError, match='needs labels'):
     label_agreement(real=x, labels=None)
 

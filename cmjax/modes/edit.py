@@ -11,7 +11,7 @@ import numpy as np
 from cmjax import edit_requests
 from cmjax.core import UserError, unused
 from cmjax.data.inputs import read_inputs, read_one
-from cmjax.data.source import Source, as_uint8, from_uint8
+from cmjax.data.source import Source, as_uint8, from_uint8, one_hot_labels
 from cmjax.edit_requests import Compute, Rows
 from cmjax.modes import sample
 from cmjax.runtime import logs, results, sharding
@@ -76,7 +76,8 @@ def _labels(source: Source, text: str) -> np.ndarray | None:
   if source.classes and text == 'none':
     return np.zeros((1, source.classes), np.float32)
   labels = sample.with_labels(source, text).labels
-  return np.eye(source.classes, dtype=np.float32)[labels]
+  assert labels is not None  # as --labels is not empty
+  return one_hot_labels(labels, source.classes)
 
 
 def _batches(

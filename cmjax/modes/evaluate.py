@@ -176,18 +176,17 @@ def run(flags: argparse.Namespace) -> None:
   )
   last = settings.seed + settings.num_seeds - 1
   seeds = f'seed {last}' if settings.num_seeds == 1 else f'seeds {settings.seed}-{last}'
-  conventions = [f'{name}: {text}' for name, text in _conventions(metrics).items()]
+  conventions = _conventions(metrics)
   text = '\n'.join(
     (
       f'{opened.source.name}, step {opened.step:,}, weights {_weights(opened.config)}, '
       f'{seeds}, labels {settings.labels}',
-      *conventions,
+      *(f'{name}: {text}' for name, text in conventions.items()),
       f'\n{page(rows)}\n',
     )
   )
   path = unused(folder / f'evaluation_{opened.step:08d}', '.json')
-  facts_of = facts(opened, rows=rows, conventions=_conventions(metrics))
-  results.write_json(path, facts_of)
+  results.write_json(path, facts(opened, rows=rows, conventions=conventions))
   results.write_text(path.with_suffix('.md'), text)
   logs.say(f'{text}\n{path} and .md')
 

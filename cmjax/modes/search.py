@@ -10,6 +10,7 @@ from cmjax.core import UserError, unused
 from cmjax.runtime import build, logs, results
 from cmjax.runtime.config import ConfigDict
 from cmjax.runtime.errors import part_errors
+from cmjax.runtime.pretrained import SIGMA_RANGE
 from cmjax.runtime.reopen import (
   SEARCHED,
   Opened,
@@ -24,7 +25,7 @@ from cmjax.samplers import Sampler
 from cmjax.search import golden_section, greedy_times
 
 WIDTH = 'sample_relative_std'  # of a post-hoc EMA: the one key of no sampler
-SIGMA_MIN = 0.002  # of all configs and released checkpoints
+TOLERANCE = 0.02  # of a noise level, and of a number over a wide range; relative
 
 
 class Found(NamedTuple):
@@ -94,10 +95,10 @@ class Trials:
     self.of_times = self.key.rpartition('.')[2] == 'sigmas'
     self.low, self.high = settings.low, settings.high
     if self.of_times:
-      self.low, self.high = self.low or SIGMA_MIN, self.high or float(first[0])
+      self.low, self.high = self.low or SIGMA_RANGE[0], self.high or float(first[0])
       with part_errors('config.search'):
         check_sigmas((self.low, self.high), opened.f, opened.config.objective)
-    closest = 1.02 * self.low if self.of_times else self.low  # the tolerance of sigmas
+    closest = (1 + TOLERANCE) * self.low if self.of_times else self.low
     if closest >= self.high:
       raise UserError(
         f'config.search: low and high must be the range of {self.key}, got '
@@ -157,11 +158,18 @@ def _search(trials: Trials) -> list[Found]:
   low, high, most = trials.low, trials.high, settings.max_evaluations
   sign = -1 if settings.maximise else 1
   if trials.of_times:
-    times = greedy_times(trials, settings.num_steps, high, low, max_evaluations=most)
+    times = greedy_times(
+      trials,
+      settings.num_steps,
+      high,
+      low,
+      tolerance=TOLERANCE,
+      max_evaluations=most,
+    )
     every = [Found(f'best_{len(t.sigmas)}', *t) for t in times[1:]]
   else:
     log = low > 0 and high / low > 10  # the tolerance is then relative
-    tolerance = 0.02 if log else (high - low) / 100
+    tolerance = TOLERANCE if log else (high - low) / 100
     result = golden_section(
       trials, low, high, tolerance=tolerance, max_evaluations=most, log=log
     )

@@ -72,7 +72,7 @@ def cache_folder() -> Path:
   return Path(root) / 'features'
 
 
-def digest(*parts: str | bytes | np.ndarray | Params) -> str:
+def digest(*parts: str | np.ndarray | Params) -> str:
   """A hash of texts, arrays and trees of arrays."""
   hasher = hashlib.blake2b(digest_size=16)
   for part in parts:
