@@ -1,27 +1,18 @@
-"""The training step and the training loop."""
+"""The training loop, and the iterator over training steps that it is written with."""
 
-from collections.abc import Callable, Mapping
+import collections
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 from pathlib import Path
 import time
 from typing import Any, NamedTuple, cast
 
 import jax
-import jax.numpy as jnp
-import optax
 
 from cmjax.core import (
   Array,
-  Batch,
-  Frozen,
-  Key,
-  Loss,
-  LossOut,
-  Nets,
   Params,
-  Schedule,
   TrainState,
-  streams,
 )
 from cmjax.runtime import checkpoint, logs, preemption, sharding, watchdog
 from cmjax.runtime.batches import batch
@@ -39,109 +30,40 @@ from cmjax.runtime.state import (
 )
 from cmjax.runtime.window import Window, check_learned, check_skipped
 from cmjax.runtime.workdir import caught_up, check_claim, mark_caught_up, write_config
+from cmjax.train_step import make_train_step
 
-Step = Callable[[TrainState, Frozen, Batch], tuple[TrainState, dict[str, Array]]]
+AHEAD = 8  # steps that may be dispatched before they are finished
+
 # Called with (run, params, step, log, check) every `config.every.NAME_steps` steps (0:
 # never) and after the last. `check` raises `preemption.Preempted` after a notice.
 Hook = Callable[[Run, Params, int, logs.RunLog, Callable[[], None]], None]
 
 
-def make_train_step(
-  loss: Loss,
-  tx: optax.GradientTransformation,
-  ema_decays: Mapping[str, Schedule],
-  target_decay: Schedule | None,
-  seed: int,
-  accumulate: int = 1,
-) -> Step:
-  """One optimiser step on the global batch: gradient, update, averages and metrics.
+def steps(
+  run: Run, state: TrainState | None = None
+) -> Iterator[tuple[int, TrainState, dict[str, Array]]]:
+  """Trains to the last step of a run; yields (step, state, metrics) after each step.
 
-  The gradient is the mean over `accumulate` parts of the batch, which are processed in
-  sequence with independent random keys.
+  Writes nothing, and waits for a step only when `AHEAD` later ones are dispatched. The
+  metrics are those of `make_train_step`, on the device.
 
-  A step with a loss, gradient or update that is not finite is skipped: it changes
-  nothing but the step number, and its metric `skipped` is 1. All metrics are f32[];
-  `loss_q1` to `loss_q4` are means over the quarters of the batch in order of sigma.
+  Args:
+    run: what `run.prepare` returns.
+    state: where to continue; by default step 0, with the weights of `init_from`. Its
+      buffers are donated, and so are those of each state that is yielded when the next
+      one is asked for: copy what is to be kept.
+
+  Raises: UserError if the weights of `init_from` do not fit.
   """
-  root = jax.random.key(seed)
-
-  def train_step(state, frozen, batch):
-    def mean_loss(params, part, keys):
-      target = state.target if target_decay else None
-      nets = Nets(params, target, **frozen._asdict())
-      out = loss(nets, part, state.step, keys)
-      return jnp.mean(out.loss), out
-
-    keys = streams(root, state.step)
-    gradient, out = _gradient(mean_loss, accumulate, state.params, batch, keys)
-    mean = jnp.mean(out.loss)
-    norm = optax.tree.norm(gradient)
-    updates, opt_state = tx.update(gradient, state.opt_state, state.params)
-    update_norm = optax.tree.norm(updates)
-    params = optax.apply_updates(state.params, updates)
-    target, ema = averages(state, params, ema_decays, target_decay)
-    updated = TrainState(state.step, params, target, ema, opt_state)
-    finite = jnp.isfinite(mean) & jnp.isfinite(norm) & jnp.isfinite(update_norm)
-    new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), updated, state)
-    metrics = {'loss': mean, 'grad_norm': norm, 'update_norm': update_norm}
-    metrics['skipped'] = 1.0 - finite
-    metrics |= {f'mean_{name}': jnp.mean(v) for name, v in out.aux.items()}
-    metrics |= _loss_by_quarter(out.loss, out.aux['sigma'])
-    return new._replace(step=state.step + 1), metrics
-
-  return train_step
-
-
-def _gradient(
-  mean_loss: Callable[..., tuple[Array, LossOut]],
-  num_parts: int,
-  params: Params,
-  batch: Batch,
-  keys: Mapping[str, Key],
-) -> tuple[Params, LossOut]:
-  """The mean gradient over the parts of a batch, and the loss of each example."""
-  gradient_of = jax.grad(mean_loss, has_aux=True)
-  if num_parts == 1:
-    return gradient_of(params, batch, keys)
-
-  def add_part(total, indexed):
-    i, part = indexed
-    part_keys = {name: jax.random.fold_in(key, i) for name, key in keys.items()}
-    gradient, out = gradient_of(params, part, part_keys)
-    return jax.tree.map(lambda a, b: a + b / num_parts, total, gradient), out
-
-  def split(a):  # row r of part i is row r * num_parts + i: no row changes its device
-    return jnp.swapaxes(jnp.reshape(a, (-1, num_parts, *a.shape[1:])), 0, 1)
-
-  zeros = jax.tree.map(jnp.zeros_like, params)
-  parts = (jnp.arange(num_parts), jax.tree.map(split, batch))
-  gradient, out = jax.lax.scan(add_part, zeros, parts)
-  return gradient, jax.tree.map(lambda a: jnp.reshape(a.T, -1), out)
-
-
-def averages(
-  state: TrainState,
-  params: Params,
-  ema_decays: Mapping[str, Schedule],
-  target_decay: Schedule | None,
-) -> tuple[Params, dict[str, Params]]:
-  """The target network and the EMAs after an update to `params`."""
-
-  def average(old, decay):  # optax.incremental_update rounds differently
-    weight = 1.0 - decay(state.step)
-    return jax.tree.map(lambda a, p: a + weight * (p - a), old, params)
-
-  target = None if target_decay is None else average(state.target, target_decay)
-  return target, {k: average(old, ema_decays[k]) for k, old in state.ema.items()}
-
-
-def _loss_by_quarter(loss: Array, sigma: Array) -> dict[str, Array]:
-  quarter = jnp.argsort(jnp.argsort(sigma)) * 4 // len(sigma)
-  means = {}
-  for i in range(4):
-    total = jnp.sum(jnp.where(quarter == i, loss, 0.0))
-    means[f'loss_q{i + 1}'] = total / jnp.maximum(jnp.sum(quarter == i), 1)
-  return means
+  current: TrainState = first_state(run) if state is None else state
+  train_step = compiled_step(run)
+  dispatched: collections.deque[dict[str, Array]] = collections.deque()
+  for step in range(int(current.step) + 1, run.total_steps + 1):
+    current, metrics = train_step(current, run.frozen, batch(run, step - 1))
+    dispatched.append(metrics)
+    if len(dispatched) > AHEAD:  # otherwise, batches fill the memory of the devices
+      jax.block_until_ready(dispatched.popleft())
+    yield step, current, metrics
 
 
 def compiled_step(run: Run) -> jax.stages.Wrapped:
@@ -153,7 +75,9 @@ def compiled_step(run: Run) -> jax.stages.Wrapped:
   return jax.jit(step, donate_argnums=0, out_shardings=shardings)
 
 
-def train(run: Run, workdir: str | Path, hooks: Mapping[str, Hook]) -> TrainState:
+def train(
+  run: Run, workdir: str | Path, hooks: Mapping[str, Hook] | None = None
+) -> TrainState:
   """Trains to the last step, from the newest intact checkpoint if there is one.
 
   Writes `config.json`, `metrics.jsonl`, `tensorboard/`, `pictures/`, `checkpoints/` and
@@ -190,7 +114,7 @@ def train(run: Run, workdir: str | Path, hooks: Mapping[str, Hook]) -> TrainStat
       contextlib.closing(watchdog.Watchdog()) as watch,
     ):
       services = _Services(checkpoints, snapshots, log, progress, notice, watch)
-      state, finished = _loop(run, state, meta, hooks, services)
+      state, finished = _loop(run, state, meta, hooks or {}, services)
     if finished and jax.process_index() == 0:
       mark_caught_up(folder, int(state.step))
     if finished:
@@ -211,16 +135,15 @@ class _Services(NamedTuple):
 
 def _loop(
   run: Run,
-  state: TrainState,
+  first: TrainState,
   meta: Mapping[str, Any],
   hooks: Mapping[str, Hook],
   services: _Services,
 ) -> tuple[TrainState, bool]:
   """The last state and True; after a preemption notice, the saved state and False."""
   checkpoints, snapshots, log, progress, notice, watch = services
-  every, start, total = run.config.every, int(state.step), run.total_steps
-  train_step = compiled_step(run)
-  window = Window(meta.get('window'))
+  every, start, total = run.config.every, int(first.step), run.total_steps
+  state, window = first, Window(meta.get('window'))
   losses: list[float] = []  # one mean per window
   skipped: list[int] = []  # step numbers
 
@@ -253,16 +176,13 @@ def _loop(
   if start < total:
     logs.say('compiling the training step ...')
   start_s = time.monotonic()
-  for step in range(start + 1, total + 1):
-    watch.step(step)
-    state, metrics = train_step(state, run.frozen, batch(run, step - 1))
+  for step, state, metrics in steps(run, first):
     window.add(metrics)
     progress.advance()
     if step == start + 1:
       jax.block_until_ready(metrics)
       logs.say(f'first step took {time.monotonic() - start_s:.1f} s with compilation')
       window.restart_clock()
-      watch.pause()
       progress.restart(step)
     last = step == total
     if last or step % every.log_steps == 0:
@@ -286,6 +206,8 @@ def _loop(
     # After the hooks: if a hook at the last step is killed, that step is repeated.
     if last or step % every.checkpoint_steps == 0:
       save([])
+    if not last:
+      watch.step(step + 1)  # not before the first step, which is compiled
   check_learned(losses, [s for s in skipped if s > start], total - start)
   return state, True
 

@@ -8,7 +8,7 @@ import pytest
 
 from cmjax import core, train
 from cmjax.modes import bench
-from cmjax.runtime import config_files
+from cmjax.runtime.config import read
 from cmjax.runtime.flops import PEAKS, flops
 from cmjax.runtime.run import prepare
 from cmjax.runtime.state import random_state
@@ -19,7 +19,7 @@ from tests.test_train import small
 @pytest.fixture(scope='module')
 def result(one_device):
   """A small run of Stable Consistency Tuning, measured briefly."""
-  config = config_files.read(ROOT / 'configs' / 'stable_ct.py:digits')
+  config = read(ROOT / 'configs' / 'stable_ct.py:digits')
   config.network.width = config.network.embedding = 16
   config.network.num_blocks = 1
   config.batch_size = 16

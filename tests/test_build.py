@@ -11,9 +11,9 @@ from cmjax.core import Model, Network, Schedule, UserError
 from cmjax.data.source import Source
 from cmjax.objectives import consistency
 from cmjax.runtime import build, schedules
-from cmjax.runtime.config import ConfigDict
-from cmjax.runtime.config_files import load
+from cmjax.runtime.config import load
 from cmjax.runtime.config_json import from_json, to_json
+from cmjax.runtime.config_record import ConfigDict
 from cmjax.runtime.errors import user_errors
 from cmjax.samplers import Sampler
 
@@ -287,7 +287,7 @@ HOSTILE = [
   ('jax.numpy:save', dict(file='{marker}', arr=(1,))),
   ('flax.serialization:to_bytes', dict(target=(1,))),
   ('optax.payload:anything', {}),
-  ('cmjax.runtime.config_files:load', dict(name='{marker}')),
+  ('cmjax.runtime.config:load', dict(name='{marker}')),
   ('cmjax.runtime.functions:allow_imports_from', dict(folder='{marker}')),
   ('cmjax.runtime.build:build', dict(where='x')),
   ('cmjax.main:main', dict(argv=('--help',))),

@@ -4,8 +4,8 @@ import importlib.util
 
 import pytest
 
-from cmjax.runtime import config as configs
-from cmjax.runtime import config_files
+from cmjax.runtime.config import read
+from cmjax.runtime.config_record import REQUIRED
 from tests.conftest import ROOT
 
 
@@ -25,8 +25,8 @@ def compare():
 def test_rows_name_configs_and_options_that_exist(table, data, compare):
   rows = compare.rows_of(table, data)
   for row in rows.values():
-    config = config_files.read(ROOT / 'configs' / f'{row.config}.py:{data}')
-    needs = {key for key in ('init_from', 'teacher') if config[key] == configs.REQUIRED}
+    config = read(ROOT / 'configs' / f'{row.config}.py:{data}')
+    needs = {key for key in ('init_from', 'teacher') if config[key] == REQUIRED}
     assert bool(needs) == bool(row.start)
     assert ('teacher' in needs) == row.distils
     assert not row.start or row.start in compare.STARTS

@@ -14,7 +14,7 @@ from cmjax.modes import compile
 from cmjax.runtime import sharding, topology
 from cmjax.runtime.batches import abstract_batch, batch
 from cmjax.runtime.collectives import Collective, collectives
-from cmjax.runtime.config_files import read
+from cmjax.runtime.config import read
 from cmjax.runtime.run import prepare
 from cmjax.runtime.state import abstract_state
 from tests.conftest import ROOT

@@ -7,7 +7,9 @@ import pytest
 
 from cmjax.configs import parts
 from cmjax.core import UserError
-from cmjax.runtime.config import (
+from cmjax.runtime.config import load, overridden, read, shipped
+from cmjax.runtime.config_json import from_json, to_json
+from cmjax.runtime.config_record import (
   REQUIRED,
   Config,
   ConfigDict,
@@ -17,8 +19,6 @@ from cmjax.runtime.config import (
   may_change,
   require,
 )
-from cmjax.runtime.config_files import load, read, shipped
-from cmjax.runtime.config_json import from_json, to_json
 from cmjax.runtime.overrides import override
 from tests.conftest import ROOT
 from tests.test_build import LEAF, refusal
@@ -286,11 +286,54 @@ def test_a_mistake_in_a_flag_names_the_key_and_its_neighbour(flag, config):
   assert to_json(config) == before
 
 
-def test_a_student_follows_a_teacher_that_is_set_by_a_flag():
-  config = load('cd:digits', overrides=[('teacher', 'runs/edm')])
+def test_a_student_follows_a_teacher_that_is_given():
+  config = load('cd:digits', teacher='runs/edm')
   assert (config.teacher, config.init_from) == ('runs/edm', 'runs/edm')
-  both = [('teacher', 'runs/edm'), ('init_from', 'runs/other')]
-  assert load('cd:digits', overrides=both).init_from == 'runs/other'
+  both = load('cd:digits', teacher='runs/edm', init_from='runs/other')
+  assert both.init_from == 'runs/other'
+
+
+def test_values_by_key_are_those_of_flags():
+  by_key = load(
+    'ect:digits',
+    batch_size=64,
+    network=dict(width=96, dropout=0.1),
+    **{'every.log_steps': 7},
+    samplers=dict(three=dict(fn='cmjax.samplers:multistep', sigmas=(80.0, 2.0, 0.5))),
+    objective=dict(distance=dict(fn='cmjax.distances:squared_l2')),
+  )
+  flags = {
+    'objective.distance.fn': 'cmjax.distances:squared_l2',
+    'samplers.three.fn': 'cmjax.samplers:multistep',
+    'batch_size': '64',
+    'network.width': '96',
+    'network.dropout': '0.1',
+    'every.log_steps': '7',
+    'samplers.three.sigmas': '80.0,2.0,0.5',
+  }
+  by_flag = overridden(read('ect:digits'), flags.items())
+  changed = differences(by_flag, by_key)
+  # A part that is given as a dict is replaced; a flag keeps the keys of the old one.
+  assert set(changed) <= {'config.objective.distance.c'}
+  assert set(by_key.samplers) == {'three', *load('ect:digits').samplers}
+
+
+@pytest.mark.parametrize(
+  ('values', 'text'),
+  [
+    (dict(batchsize=64), 'config.batchsize: unknown key, did you mean batch_size?'),
+    (dict(network=dict(widht=8)), 'config.network.widht: .* did you mean width?'),
+    (dict(batch_size='many'), 'config.batch_size: must be int'),
+    (dict(batch_size=dict(a=1)), 'config.batch_size.a: .*batch_size is a value'),
+    (dict(network=3), 'config.network'),
+    (dict(nets=dict(fn='cmjax.networks.mlp:mlp')), 'config.nets: unknown key'),
+  ],
+)
+def test_a_wrong_value_by_key_is_one_line(values, text):
+  with pytest.raises(UserError, match=text) as caught:
+    load('ect:digits', **values)
+  assert '\n' not in str(caught.value)
+  assert '--' not in str(caught.value)
 
 
 @pytest.mark.parametrize('name', ['edm.py:digits', 'ect.py:cifar10', 'ct.py:toy2d'])

@@ -11,9 +11,10 @@ from cmjax import core, train
 from cmjax.data import tfds
 from cmjax.data.source import Source
 from cmjax.runtime import build, checkpoint, pretrained, sharding
-from cmjax.runtime.config import REQUIRED, checked, require
-from cmjax.runtime.config_files import read
+from cmjax.runtime.config import read
+from cmjax.runtime.config_record import REQUIRED, checked, require
 from cmjax.runtime.run import prepare
+from cmjax.train_step import make_train_step
 from tests.conftest import ROOT
 
 FILES = sorted(
@@ -130,7 +131,7 @@ def test_config_takes_two_steps(path, stand_ins):
   run = prepared(f'{path.name}:digits', stand_ins)
   before = train.first_state(run)
   step = jax.jit(
-    train.make_train_step(run.loss, run.tx, run.ema_decays, run.target_decay, seed=0)
+    make_train_step(run.loss, run.tx, run.ema_decays, run.target_decay, seed=0)
   )
   # Two steps: a learning rate that warms up from zero moves nothing in the first.
   state, first = step(before, run.frozen, train.batch(run, 0))

@@ -22,7 +22,7 @@ from cmjax.data.reference import reference
 from cmjax.data.source import Source
 from cmjax.networks import mlp
 from cmjax.objectives import consistency
-from cmjax.runtime import config_files
+from cmjax.runtime.config import load
 from tests.conftest import ROOT
 
 ORACLE = oracles.gaussian(np.array([0.3, -0.2]), 0.4)
@@ -191,7 +191,7 @@ def test_ict_passes_on_its_grid_and_its_num_scales():
   ('name', 'features'), [('toy2d', 2), ('digits', 64), ('cifar10', 3072)]
 )
 def test_configs_of_ict_grow_c_with_the_features(name, features):
-  c = config_files.load(ROOT / 'configs' / f'ict.py:{name}').objective.c
+  c = load(ROOT / 'configs' / f'ict.py:{name}').objective.c
   digits = len(str(c)) - 2
   assert c == pytest.approx(0.00054 * features**0.5, abs=0.51 * 10**-digits)
 

@@ -17,8 +17,8 @@ from cmjax.data.source import as_uint8, as_x0, from_uint8, placeholder
 from cmjax.modes import edit as edit_mode
 from cmjax.networks import mlp
 from cmjax.runtime import checkpoint, pretrained
-from cmjax.runtime.config import ConfigDict
-from cmjax.runtime.config_files import read
+from cmjax.runtime.config import read
+from cmjax.runtime.config_record import ConfigDict
 from tests.conftest import ROOT
 
 NETWORK = dict(width=16, num_blocks=1, embedding=8)

@@ -5,20 +5,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cmjax import core, diffusion_samplers, evaluation, oracles, samplers, sampling
+from cmjax import (
+  core,
+  diffusion_samplers,
+  evaluation,
+  oracles,
+  pictures,
+  samplers,
+  sampling,
+)
 from cmjax.data.digits import digits
 from cmjax.data.points import points
 from cmjax.data.source import as_x0
 from cmjax.metrics.metric import Metric
 from cmjax.metrics.pixels import label_agreement, pixel_frechet
 from cmjax.modes import evaluate
-from cmjax.runtime import config_files, feature_store, sharding
+from cmjax.runtime import feature_store, sharding
+from cmjax.runtime.config import read
 from cmjax.runtime.reopen import Opened
 from tests.conftest import ROOT
 
 
 def opened(source, f, mesh, batch_size=64, **named):
-  config = config_files.read(ROOT / 'configs' / 'edm.py:digits')
+  config = read(ROOT / 'configs' / 'edm.py:digits')
   config.evaluation.batch_size = batch_size
   config.evaluation.num_samples = 50
   return Opened(config, mesh, source, f, named, None, 0)
@@ -402,12 +411,12 @@ def test_balanced_labels_have_each_class_in_turn(one_device):
 
 def test_pictures_are_grids_of_images_and_scatters_of_points():
   source = digits()
-  image = evaluate.picture(source, as_x0(source, source.examples[:40]))
+  image = pictures.samples(source, as_x0(source, source.examples[:40]))
   assert image.dtype == np.uint8
   assert image.shape[2] == 3
   assert image.shape[1] > image.shape[0] > 80  # two rows of twenty
   source = points(oracle=oracles.ring(), num_samples=100)
-  assert evaluate.picture(source, source.examples).std() > 0
+  assert pictures.samples(source, source.examples).std() > 0
 
 
 def test_metrics_that_do_not_fit_the_data_are_refused_with_their_name(one_device):

@@ -15,7 +15,7 @@ import pytest
 from cmjax import train
 from cmjax.core import UserError
 from cmjax.runtime import sharding
-from cmjax.runtime.config import ConfigDict, checked, require
+from cmjax.runtime.config_record import ConfigDict, checked, require
 from cmjax.runtime.overrides import override
 from cmjax.runtime.run import prepare
 from tests import test_configs

@@ -15,11 +15,10 @@ from PIL import Image
 import pytest
 
 import cmjax
-from cmjax import main
+from cmjax import main, pictures
 from cmjax.data.digits import digits
 from cmjax.data.source import as_x0
 from cmjax.metrics.pixels import pixel_frechet
-from cmjax.modes import evaluate
 from cmjax.runtime import errors, functions, pretrained
 from tests.conftest import ROOT
 
@@ -597,7 +596,7 @@ def test_a_file_of_weights_is_sampled_without_its_data(answers, place):
   np.testing.assert_array_equal(found['labels'], [3, 7, 3, 7, 3, 7])
   source = digits()  # whose range the file of weights holds
   shown = np.asarray(Image.open(folder / 'heun.png'))
-  np.testing.assert_array_equal(shown, evaluate.picture(source, found['images']))
+  np.testing.assert_array_equal(shown, pictures.samples(source, found['images']))
 
 
 def test_the_configs_that_ship_are_listed(answers):
@@ -726,7 +725,7 @@ def test_samples_are_the_picture_and_the_arrays(answers, place):
   assert found['evaluations'] == 35  # 18 steps of Heun's method, the last by Euler's
   with Image.open(samples / 'step_00000003_2' / 'heun.png') as picture:
     shown = np.asarray(picture)
-  np.testing.assert_array_equal(shown, evaluate.picture(source, found['images']))
+  np.testing.assert_array_equal(shown, pictures.samples(source, found['images']))
 
 
 def test_an_evaluation_is_a_table_of_those_samples_beside_earlier_ones(answers, place):

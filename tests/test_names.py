@@ -10,7 +10,7 @@ import pytest
 from cmjax.core import UserError
 from cmjax.networks import mlp
 from cmjax.runtime import build, pretrained
-from cmjax.runtime.config import ConfigDict
+from cmjax.runtime.config_record import ConfigDict
 from tests import foreign, recipe
 from tests.conftest import ROOT
 

@@ -9,7 +9,7 @@ import pytest
 from cmjax import optimizers
 from cmjax.networks import edm2
 from cmjax.runtime import build
-from cmjax.runtime.config import ConfigDict
+from cmjax.runtime.config_record import ConfigDict
 
 
 @pytest.fixture(scope='module')

@@ -11,8 +11,8 @@ import pytest
 from cmjax.core import UserError
 from cmjax.runtime import checkpoint, pretrained
 from cmjax.runtime.build import build_each
-from cmjax.runtime.config import differences
-from cmjax.runtime.config_files import read
+from cmjax.runtime.config import read
+from cmjax.runtime.config_record import differences
 from cmjax.runtime.run import prepare
 from cmjax.runtime.state import first_state
 from cmjax.samplers import Sampler

@@ -15,7 +15,7 @@ import cmjax
 from cmjax import main
 from cmjax.configs import parts
 from cmjax.objectives import denoise
-from cmjax.runtime import config_files
+from cmjax.runtime.config import overridden, read, shipped
 from cmjax.runtime.flags import parsed
 from tests import test_contracts as contracts
 from tests.conftest import ROOT
@@ -79,7 +79,7 @@ def test_commands_have_known_flags_configs_and_keys(path):
     flags = parsed(words)
     name = flags.config.partition(':')[0]
     if flags.config and not name.endswith('.py'):
-      config_files.load(flags.config, overrides=flags.overrides)
+      overridden(read(flags.config), flags.overrides)
 
 
 @each_readme
@@ -115,7 +115,7 @@ def test_the_drawing_is_that_of_the_imports():
 def test_the_table_of_objectives_has_every_config():
   table = text_of(TOP).partition('## Objectives')[2].partition('## Results')[0]
   names = {name for row in table.splitlines() for name in re.findall(r'`(\w+)`', row)}
-  assert set(config_files.shipped()) <= names
+  assert set(shipped()) <= names
   for name in re.findall(r'`(\w+\.py)` \|$', table, re.M):
     assert (ROOT / 'cmjax' / 'objectives' / name).exists()
 

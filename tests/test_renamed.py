@@ -9,9 +9,9 @@ from cmjax import main
 from cmjax.core import Loss, Network, UserError
 from cmjax.runtime import config_json
 from cmjax.runtime.build import build
-from cmjax.runtime.config import checked, completed, differences
-from cmjax.runtime.config_files import load
+from cmjax.runtime.config import load, overridden, read
 from cmjax.runtime.config_json import from_json, to_json
+from cmjax.runtime.config_record import checked, completed, differences
 from cmjax.runtime.functions import Foreign
 from cmjax.runtime.renamed import FUNCTIONS, function_now, renamed
 from cmjax.runtime.workdir import check_claim, config_for, write_config
@@ -91,7 +91,7 @@ def get_config():
 def test_a_config_file_with_names_of_before_works(tmp_path, capsys):
   path = tmp_path / 'mine.py'
   path.write_text(OWN)
-  config = load(path, overrides=[('teacher', 'runs/edm')])
+  config = load(path, teacher='runs/edm')
   assert (config.network.num_blocks, config.network.num_times) == (2, 1)
   assert config.metrics.frechet.fn == 'cmjax.metrics.pixels:pixel_frechet'
   assert config.init_from == 'runs/edm'  # follows the teacher, as ever
@@ -107,12 +107,12 @@ def test_flags_with_names_of_before_work(capsys):
     'target_rate.fn': 'cmjax.schedules:constant',
     'objective.weighting.fn': 'cmjax.distances:uniform',
   }
-  config = load('edm:digits', overrides=list(flags.items())[:4])
+  config = overridden(read('edm:digits'), list(flags.items())[:4])
   assert config.network.num_times == 2
   assert config.evaluation.num_samples == 50
   assert config.samplers.heun.num_steps == 9
   assert config.target_decay.fn == 'cmjax.schedules:constant'
-  config = load('ect:digits', overrides=list(flags.items())[4:])
+  config = overridden(read('ect:digits'), list(flags.items())[4:])
   assert config.objective.weighting.fn == 'cmjax.weightings:uniform'
   lines = capsys.readouterr().out.splitlines()
   assert '--config.network.clocks is now --config.network.num_times' in lines

@@ -10,9 +10,10 @@ from cmjax import core, main, samplers, train
 from cmjax.data.source import clip
 from cmjax.port import write
 from cmjax.runtime import checkpoint, pretrained
-from cmjax.runtime.config import ConfigDict
+from cmjax.runtime.config_record import ConfigDict
 from cmjax.runtime.reopen import beside, reopen, subject_of
 from cmjax.runtime.run import prepare
+from cmjax.train_step import make_train_step
 from tests.test_train import small
 
 PAIRS = dict(
@@ -44,7 +45,7 @@ def distilling(teacher, **changes):
 def test_a_teacher_reaches_the_objective_as_an_argument(taught, one_device):
   run = prepare(distilling(taught / 'labels'), one_device)
   step = jax.jit(
-    train.make_train_step(run.loss, run.tx, run.ema_decays, run.target_decay, seed=0)
+    make_train_step(run.loss, run.tx, run.ema_decays, run.target_decay, seed=0)
   )
 
   def first_loss(teacher):

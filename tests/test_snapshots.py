@@ -17,7 +17,7 @@ from cmjax import ema, train
 from cmjax.configs import parts
 from cmjax.core import UserError
 from cmjax.runtime import pretrained, storage
-from cmjax.runtime.config_files import read
+from cmjax.runtime.config import read
 from cmjax.runtime.reopen import beside, reopen
 from cmjax.runtime.run import prepare
 from cmjax.runtime.state import first_state

@@ -20,11 +20,12 @@ import pytest
 from cmjax import core, schedules, train
 from cmjax.data.tfds import DATA_DIR_VARIABLE
 from cmjax.runtime import checkpoint, logs, sharding, watchdog
-from cmjax.runtime.config import differences
-from cmjax.runtime.config_files import load, read
+from cmjax.runtime.config import load, read
+from cmjax.runtime.config_record import differences
 from cmjax.runtime.run import prepare
 from cmjax.runtime.state import abstract_state, first_state, init_state, random_state
 from cmjax.runtime.window import Window
+from cmjax.train_step import make_train_step
 from tests.conftest import ROOT
 
 SMALL = {
@@ -72,7 +73,7 @@ def one_step_of(loss, x0, target_decay=None):
   state = init_state(
     jnp.array([1.0, -2.0]), tx.init(jnp.zeros(2)), ('slow',), bool(target_decay)
   )
-  step = jax.jit(train.make_train_step(loss, tx, decays, target_decay, seed=0))
+  step = jax.jit(make_train_step(loss, tx, decays, target_decay, seed=0))
   return state, *step(state, core.Frozen(), core.Batch(x0, None))
 
 
@@ -154,13 +155,30 @@ def test_a_run_that_crashed_resumes_to_the_same_bits(name, tmp_path, one_device)
   assert_equal_states(straight, resumed)
 
 
+def test_the_iterator_trains_as_a_run_does_and_continues(tmp_path, one_device):
+  run = prepare(small(), one_device)
+  straight = train.train(run, tmp_path)
+  numbers = []
+  for step, state, metrics in train.steps(run):
+    assert int(state.step) == step
+    assert np.isfinite(metrics['loss'])
+    numbers.append(step)
+    if step == 5:
+      break
+  for step, state, _ in train.steps(run, state):
+    numbers.append(step)
+  assert numbers == list(range(1, run.total_steps + 1))
+  assert_equal_states(straight, state)
+  assert list(train.steps(run, state)) == []
+
+
 def test_losses_do_not_depend_on_the_number_of_devices(one_device):
   losses = []
   for mesh in (one_device, sharding.data_mesh()):
     run = prepare(small(), mesh)
     state = first_state(run)
     step = jax.jit(
-      train.make_train_step(run.loss, run.tx, run.ema_decays, None, run.config.seed),
+      make_train_step(run.loss, run.tx, run.ema_decays, None, run.config.seed),
       donate_argnums=0,
     )
     rows = []
@@ -228,7 +246,7 @@ def test_ect_on_narrowed_cifar10_learns_a_fixed_batch(one_device):
   assert run.source.shape == (32, 32, 3)
   state = first_state(run)
   step = jax.jit(
-    train.make_train_step(run.loss, run.tx, run.ema_decays, None, run.config.seed)
+    make_train_step(run.loss, run.tx, run.ema_decays, None, run.config.seed)
   )
   fixed = train.batch(run, 0)
 
@@ -322,7 +340,7 @@ def test_split_state_takes_an_eighth_of_the_memory():
 def test_a_batch_in_parts_has_the_gradient_of_the_whole():
   batch = core.Batch(jnp.arange(24.0).reshape(8, 3) / 10, None, jnp.arange(8))
   whole, parts = (
-    train.make_train_step(linear_loss, optax.sgd(0.1), {}, None, 0, accumulate=n)
+    make_train_step(linear_loss, optax.sgd(0.1), {}, None, 0, accumulate=n)
     for n in (1, 4)
   )
   state = init_state(jnp.ones(3), optax.sgd(0.1).init(jnp.ones(3)), (), False)
@@ -338,7 +356,7 @@ def test_parts_have_independent_random_numbers():
     noise = jax.random.normal(keys['noise'], batch.x0.shape)
     return core.LossOut(noise[:, 0] * nets.online[0], {'sigma': noise[:, 0]})
 
-  step = train.make_train_step(noise_loss, optax.sgd(0.1), {}, None, 0, accumulate=4)
+  step = make_train_step(noise_loss, optax.sgd(0.1), {}, None, 0, accumulate=4)
   state = init_state(jnp.ones(1), optax.sgd(0.1).init(jnp.ones(1)), (), False)
   batch = core.Batch(jnp.zeros((4, 1)), None, jnp.arange(4))
   _, metrics = step(state, core.Frozen(), batch)

@@ -13,7 +13,7 @@ from cmjax import main
 from cmjax.core import UserError
 from cmjax.port import write
 from cmjax.runtime import checkpoint, pretrained
-from cmjax.runtime.config_files import load
+from cmjax.runtime.config import load
 from tests.test_build import HOSTILE, payload
 from tests.test_main import SMALL
 

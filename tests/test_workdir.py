@@ -13,7 +13,7 @@ import pytest
 
 from cmjax.core import UserError
 from cmjax.runtime import lock as locks
-from cmjax.runtime.config_files import load
+from cmjax.runtime.config import load
 from cmjax.runtime.lock import _beat, lock
 from cmjax.runtime.workdir import check_claim, config_for, folder, write_config
 from tests.test_build import refusal
@@ -137,7 +137,7 @@ def test_a_claim_is_by_config(config, tmp_path):
   check_claim(tmp_path, config)
   write_config(tmp_path, config)
   check_claim(tmp_path, config)
-  more = load('edm:digits', overrides=[('evaluation.num_samples', '77')])
+  more = load('edm:digits', evaluation=dict(num_samples=77))
   check_claim(tmp_path, more)  # how a run is evaluated may change
   told = refusal(check_claim, tmp_path, config.replace(seed=3))
   assert 'holds a run with another config (config.seed: 0 -> 3)' in told

@@ -16,7 +16,7 @@ from cmjax.runtime import build, logs, results, workdir
 from cmjax.runtime.flops import PEAKS, flops
 from cmjax.runtime.run import Run, prepare
 from cmjax.runtime.state import random_state
-from cmjax.runtime.window import AHEAD
+from cmjax.train_step import Step, averages
 
 # Rounds of a measurement: not counted, least, most; and none starts after ROUND_S.
 WARM_UP, MIN_ROUNDS, MAX_ROUNDS, ROUND_S = 3, 5, 50, 20.0
@@ -111,7 +111,7 @@ def measure(run: Run) -> dict[str, Any]:
 class Stepper:
   """The compiled training step with its state, which each call replaces."""
 
-  def __init__(self, run: Run, step: train.Step, state: TrainState):
+  def __init__(self, run: Run, step: Step, state: TrainState):
     self._step, self._frozen, self.state = step, run.frozen, state
 
   def __call__(self, batch: Batch) -> dict[str, jax.Array]:
@@ -124,8 +124,8 @@ class Stepper:
     dispatched = []
     for i in range(num_steps):
       dispatched.append(self(next_batch(i)))
-      if len(dispatched) > AHEAD:
-        jax.block_until_ready(dispatched[-AHEAD])
+      if len(dispatched) > train.AHEAD:
+        jax.block_until_ready(dispatched[-train.AHEAD])
     jax.block_until_ready((self.state, dispatched))
 
 
@@ -183,8 +183,8 @@ def _parts(run: Run, state: TrainState) -> dict[str, Callable[[], Any]]:
     updates, opt_state = run.tx.update(state.params, state.opt_state, state.params)
     return optax.apply_updates(state.params, updates), opt_state
 
-  def averages(state):
-    return train.averages(state, state.params, run.ema_decays, run.target_decay)
+  def average(state):
+    return averages(state, state.params, run.ema_decays, run.target_decay)
 
   def value_of(loss):
     def value(state, frozen, batch):
@@ -207,7 +207,7 @@ def _parts(run: Run, state: TrainState) -> dict[str, Callable[[], Any]]:
       value_of(_loss_without_networks(run)), state, frozen, batch
     ),
     'optimiser': compiled(update, state),
-    'averages': compiled(averages, state),
+    'averages': compiled(average, state),
   }
   if (teacher := run.teacher) is not None:
 

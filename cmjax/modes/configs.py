@@ -2,7 +2,7 @@
 
 import argparse
 
-from cmjax.runtime.config_files import shipped
+from cmjax.runtime.config import shipped
 
 
 def run(flags: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from cmjax import edit_requests
+from cmjax import edit_requests, pictures
 from cmjax.core import UserError, unused
 from cmjax.data.inputs import read_inputs, read_one
 from cmjax.data.source import Source, as_uint8, from_uint8, one_hot_labels
@@ -56,8 +56,8 @@ def run(flags: argparse.Namespace) -> None:
   columns = min(20, max(5, len(names)))
   if flags.edit == 'interpolate':
     columns = len(panels['images']) // min(len(names), most_pictured)
-  sheet = {title: logs.grid(np.stack(p), columns) for title, p in panels.items()}
-  results.write_png(folder / 'all.png', logs.sheet(sheet))
+  sheet = {title: pictures.grid(np.stack(p), columns) for title, p in panels.items()}
+  results.write_png(folder / 'all.png', pictures.sheet(sheet))
   worst = (
     f'; largest {edit_requests.ERRORS[flags.edit]}: {max(errors):.1e}' if errors else ''
   )
@@ -158,10 +158,10 @@ def _write(
   flat = final[..., 0] if final.shape[2] == 1 else final
   results.write_png(folder / 'result.png', flat)
   row = np.stack([image for of_title in images.values() for image in of_title])
-  results.write_png(folder / 'before_after.png', logs.grid(row, len(row), CELL))
+  results.write_png(folder / 'before_after.png', pictures.grid(row, len(row), CELL))
   arrays: dict[str, Any] = {'input': y, 'result': result.x}
   if result.steps is not None:
-    frames = [logs.grid(x[None], 1, CELL) for x in as_uint8(source, result.steps)]
+    frames = [pictures.grid(x[None], 1, CELL) for x in as_uint8(source, result.steps)]
     results.write_png(folder / 'steps.png', frames[0], frames[1:])
     arrays['steps'] = result.steps
   if result.given is not None:

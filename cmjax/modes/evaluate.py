@@ -8,12 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from cmjax import evaluation
+from cmjax import evaluation, pictures
 from cmjax.core import Params, UserError, unused
-from cmjax.data.source import Source, as_uint8, as_x0
 from cmjax.metrics.metric import Metric
 from cmjax.runtime import logs, results
-from cmjax.runtime.config import Config
+from cmjax.runtime.config_record import Config
 from cmjax.runtime.feature_store import FeatureStore
 from cmjax.runtime.reopen import beside, facts, for_sampling, reopen_for
 from cmjax.runtime.run import Run
@@ -123,13 +122,6 @@ def page(rows: list[dict[str, Any]]) -> str:
   return text
 
 
-def picture(source: Source, x: np.ndarray, columns: int = 20) -> np.ndarray:
-  """A picture u8[H, W, 3] of samples f32[N, ...]: a grid, or points over the data."""
-  if len(source.shape) == 1:
-    return logs.scatter(x[:, :2], as_x0(source, source.examples[:2000, :2]))
-  return logs.grid(as_uint8(source, x), columns)
-
-
 def log_pictures(
   run: Run, params: Params, step: int, log: logs.RunLog, check: Check
 ) -> None:
@@ -144,7 +136,7 @@ def log_pictures(
       seed=settings.seed,
       check=check,
     )
-    log.picture(step, name, picture(run.source, drawn.x))
+    log.picture(step, name, pictures.samples(run.source, drawn.x))
 
 
 def table_logger(metrics: Mapping[str, Metric], folder: Path) -> Callable[..., None]:

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from cmjax import pictures
 from cmjax.core import UserError, unused
 from cmjax.data.source import Source, as_x0
-from cmjax.modes import evaluate
 from cmjax.runtime import logs, results
 from cmjax.runtime.reopen import beside, for_sampling, reopen_for
 from cmjax.sampling import draw
@@ -30,7 +30,7 @@ def run(flags: argparse.Namespace) -> None:
   evaluation, panels = opened.config.evaluation, {}
   if len(source.examples):
     real = as_x0(source, source.examples[: evaluation.num_pictured])
-    panels[source.name] = evaluate.picture(source, real)
+    panels[source.name] = pictures.samples(source, real)
   for name, sampler in opened.samplers.items():
     logs.say(f'{name} ...')
     drawn = draw(
@@ -40,7 +40,7 @@ def run(flags: argparse.Namespace) -> None:
       num_samples=evaluation.num_pictured,
       seed=evaluation.seed,
     )
-    image = evaluate.picture(source, drawn.x)
+    image = pictures.samples(source, drawn.x)
     panels[f'{name}, network evaluations per sample: {drawn.evaluations}'] = image
     results.write_png(folder / f'{name}.png', image)
     arrays: dict[str, Any] = {'images': drawn.x, 'evaluations': drawn.evaluations}
@@ -48,7 +48,7 @@ def run(flags: argparse.Namespace) -> None:
       arrays['labels'] = drawn.labels
     results.write_arrays(folder / f'{name}.npz', arrays)
   path = unused(folder / 'all', '.png')  # a sampler may have the name `all`
-  results.write_png(path, logs.sheet(panels))
+  results.write_png(path, pictures.sheet(panels))
   logs.say(f'{path}; each sampler also has a .png and an .npz')
 
 

@@ -5,10 +5,10 @@ from collections.abc import Callable
 import math
 from typing import Any, NamedTuple
 
-from cmjax import evaluation
+from cmjax import evaluation, pictures
 from cmjax.core import UserError, unused
 from cmjax.runtime import build, logs, results
-from cmjax.runtime.config import ConfigDict
+from cmjax.runtime.config_record import ConfigDict
 from cmjax.runtime.errors import part_errors
 from cmjax.runtime.pretrained import SIGMA_RANGE
 from cmjax.runtime.reopen import (
@@ -58,7 +58,7 @@ def run(flags: argparse.Namespace) -> None:
     result = {'key': trials.key, 'best': best, trials.metric: value, 'curve': points}
     sampler = trials.part(best).to_dict()
     results.write_json(path, facts(trials.opened, sampler=sampler, searched=result))
-    plot = logs.curves(points, axis, [trials.metric])
+    plot = pictures.curves(points, axis, [trials.metric])
     results.write_png(path.with_suffix('.png'), plot)
     table = [{key: shown(number) for key, number in row.items()} for row in points]
     results.write_text(path.with_suffix('.md'), logs.markdown_table(table))

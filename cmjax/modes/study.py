@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from cmjax import pictures
 from cmjax.core import UserError, unused
 from cmjax.runtime import build, logs, results
 from cmjax.runtime.functions import function
@@ -26,7 +27,7 @@ def run(flags: argparse.Namespace) -> None:
   for name in parts:
     logs.say(f'{name} ...')
     study = build.build(parts[name], f'config.studies.{name}', Study, subject=subject)
-    plot = logs.curves(study.rows, study.x, study.ys)
+    plot = pictures.curves(study.rows, study.x, study.ys)
     results.write_png(folder / f'{name}.png', plot)
     pages.append(_page(name, study))
     tables[name] = study.rows

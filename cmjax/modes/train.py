@@ -6,7 +6,7 @@ from cmjax import train
 from cmjax.evaluation import build_metrics
 from cmjax.modes import evaluate
 from cmjax.runtime import workdir
-from cmjax.runtime.config import require
+from cmjax.runtime.config_record import require
 from cmjax.runtime.run import prepare
 
 

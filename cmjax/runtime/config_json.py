@@ -12,7 +12,7 @@ from typing import Any
 
 from cmjax.core import UserError, first_line
 from cmjax.runtime import logs
-from cmjax.runtime.config import Config, ConfigDict, check_name
+from cmjax.runtime.config_record import Config, ConfigDict, check_name
 from cmjax.runtime.functions import Foreign
 from cmjax.runtime.renamed import renamed
 

@@ -1,4 +1,4 @@
-"""Metrics, pictures, tables and progress: TensorBoard, Matplotlib, clu, tqdm.
+"""Metrics, tables and progress: TensorBoard, clu, tqdm.
 
 Libraries that are slow to import are imported where they are used.
 """
@@ -9,16 +9,13 @@ import math
 from pathlib import Path
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 import tqdm
 
 from cmjax.runtime import results
-
-if TYPE_CHECKING:
-  from matplotlib.figure import Figure
 
 
 def say(text: str) -> None:
@@ -157,82 +154,10 @@ def counted(parts: Sequence[Any], size: int, unit: str) -> Iterator[Any]:
     yield part
 
 
-def grid(images: np.ndarray, columns: int, cell: int = 48) -> np.ndarray:
-  """A grid u8[H', W', 3] of images u8[N, H, W, C], filled row by row.
-
-  Shows the first three channels, or only the first if there are fewer. Images smaller
-  than `cell` pixels are enlarged by an integer factor, without interpolation.
-  """
-  factor = max(1, cell // images.shape[1])
-  big = np.repeat(np.repeat(images, factor, axis=1), factor, axis=2)
-  big = big[..., :3] if big.shape[-1] >= 3 else np.repeat(big[..., :1], 3, axis=-1)
-  missing = -len(big) % columns
-  big = np.concatenate([big, np.full((missing, *big.shape[1:]), 255, np.uint8)])
-  big = np.pad(big, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
-  rows, (h, w) = len(big) // columns, big.shape[1:3]
-  big = big.reshape(rows, columns, h, w, 3).transpose(0, 2, 1, 3, 4)
-  return big.reshape(rows * h, columns * w, 3)
-
-
-def scatter(samples: np.ndarray, data: np.ndarray) -> np.ndarray:
-  """A plot u8[H, W, 3] of points f32[N, 2] over the data f32[M, 2]."""
-  figure = _figure(4, 4)
-  axes = figure.add_subplot()
-  axes.plot(*data.T, '.', color='0.8', markersize=2, label='data')
-  axes.plot(*samples.T, '.', color='C0', markersize=2, label='samples')
-  axes.set_aspect('equal')
-  axes.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=2, markerscale=5)
-  return _rendered(figure)
-
-
-def curves(rows: list[dict[str, float]], x: str, ys: Sequence[str]) -> np.ndarray:
-  """A log-log plot u8[H, W, 3] of columns `ys` of a table against column `x`.
-
-  Values that are not positive leave gaps in the lines.
-  """
-  figure = _figure(6, 4)
-  axes = figure.add_subplot()
-  for y in ys:
-    shown = [row[y] if row[y] > 0 else math.nan for row in rows]
-    axes.plot([row[x] for row in rows], shown, '.-', label=y)
-  axes.set_xscale('log')
-  axes.set_yscale('log')
-  axes.set_xlabel(x)
-  axes.grid(alpha=0.3)
-  axes.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=len(ys), frameon=False)
-  return _rendered(figure)
-
-
 def number(value: float) -> str:
   """Text of a number: integers in full, others to three significant digits."""
   whole = math.isfinite(value) and value == int(value) and abs(value) < 1e9
   return str(int(value)) if whole else f'{value:.3g}'
-
-
-def sheet(panels: Mapping[str, np.ndarray]) -> np.ndarray:
-  """Pictures u8[H, W, 3] with titles, one below the other, as u8[H', W', 3]."""
-  ratio = sum(image.shape[0] / image.shape[1] + 0.05 for image in panels.values())
-  figure = _figure(8, 8 * ratio)
-  rows = figure.subplots(len(panels), squeeze=False)[:, 0]
-  for axes, (title, image) in zip(rows, panels.items()):
-    axes.imshow(image, interpolation='nearest')
-    axes.set_title(title, loc='left', fontsize=10)
-    axes.set_axis_off()
-  return _rendered(figure)
-
-
-def _figure(width: float, height: float) -> 'Figure':
-  from matplotlib.figure import Figure
-
-  return Figure(figsize=(width, height), dpi=120, layout='constrained')
-
-
-def _rendered(figure: 'Figure') -> np.ndarray:
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-  canvas = FigureCanvasAgg(figure)
-  canvas.draw()
-  return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def parameter_table(params: Any) -> str:

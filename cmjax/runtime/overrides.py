@@ -1,13 +1,14 @@
 """Overrides values of a config, as `--config.network.width=24` does."""
 
 import ast
+from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
 from cmjax.core import UserError
 from cmjax.runtime.build import hint, is_part, path_of
-from cmjax.runtime.config import REQUIRED, Config, ConfigDict, Key, keys_of
 from cmjax.runtime.config_json import report_renamed
+from cmjax.runtime.config_record import REQUIRED, Config, ConfigDict, Key, keys_of
 from cmjax.runtime.functions import parameters
 from cmjax.runtime.renamed import function_now, key_now
 
@@ -19,37 +20,68 @@ def override(config: ConfigDict, key: str, text: str) -> None:
 
   Raises: UserError naming the key, or what the text must be.
   """
-  *parents, last = key.split('.')
-  part, where = config, 'config'
-  for name in parents:
-    name = _now(part, where, name)
-    if name not in part and last == 'fn' and _may_hold(part, where, name):
-      part[name] = {}  # a new part: of a name of the user's choice, or of a parameter
-    if name not in part:
-      raise UserError(f'--{where}.{name}: unknown key{hint(name, part)}')
-    inner, where = part[name], f'{where}.{name}'
-    if not isinstance(inner, ConfigDict):
-      raise UserError(f'--config.{key}: {where} is a value and has no keys')
-    part = inner
-  last = _now(part, where, last)
+  part, where, last = _place(config, key, '--config')
   current = part.get(last)
   if isinstance(current, ConfigDict):
     keys = ', '.join(current) or 'none'
     raise UserError(f'--config.{key}: has keys of its own; set one of {keys}')
   annotation = _annotation(part, where, last)
   value = _parsed(text, current, annotation, f'--config.{key}={text}')
-  if last == 'fn' and isinstance(value, str):
-    value = _function_now(value, f'--config.{key}')
+  _set(part, where, last, value)
+
+
+def set_value(config: ConfigDict, key: str, value: Any) -> None:
+  """Sets the value at a dotted key.
+
+  A dict sets each of its keys, unless it has `fn`: then it is a part, as a whole.
+
+  Raises: UserError naming the key.
+  """
+  if isinstance(value, Mapping) and 'fn' not in value:
+    for inner, item in value.items():
+      set_value(config, f'{key}.{inner}', item)
+    return
+  part, where, last = _place(config, key, 'config')
+  if isinstance(value, Mapping):
+    value = ConfigDict(value)
+    if last not in part and not _may_hold(part, where, last):
+      raise UserError(f'{where}.{last}: unknown key{hint(last, part)}')
+  else:
+    _annotation(part, where, last)  # raises for an unknown key
+  _set(part, where, last, value)
+
+
+def _place(config: ConfigDict, key: str, root: str) -> tuple[ConfigDict, str, str]:
+  """The part that holds a dotted key, its own place below `root`, and the last key."""
+  *parents, last = key.split('.')
+  part, where = config, root
+  for name in parents:
+    name = _now(part, where, name)
+    if name not in part and last == 'fn' and _may_hold(part, where, name):
+      part[name] = {}  # a new part: of a name of the user's choice, or of a parameter
+    if name not in part:
+      raise UserError(f'{where}.{name}: unknown key{hint(name, part)}')
+    inner, where = part[name], f'{where}.{name}'
+    if not isinstance(inner, ConfigDict):
+      name = where.removeprefix('--')
+      raise UserError(f'{root}.{key}: {name} is a value and has no keys')
+    part = inner
+  return part, where, _now(part, where, last)
+
+
+def _set(part: ConfigDict, where: str, key: str, value: Any) -> None:
+  if key == 'fn' and isinstance(value, str):
+    value = _function_now(value, f'{where}.{key}')
   with part.unlocked(), part.ignore_type():
-    part[last] = value
+    part[key] = value
 
 
 def _now(part: ConfigDict, where: str, key: str) -> str:
   """The current name of a key; an outdated name is reported."""
   fn = str(part.fn) if is_part(part) else ''
-  now = key_now(key, fn, where.removeprefix('config').lstrip('.'))
+  now = key_now(key, fn, where.partition('.')[2])
   if now != key:
-    report_renamed(f'--{where}.{key} is now --{where}.{now}')
+    report_renamed(f'{where}.{key} is now {where}.{now}')
   return now
 
 
@@ -89,12 +121,12 @@ def _annotation(part: ConfigDict, where: str, key: str) -> Any:
     names = parameters(path_of(part), f'{where}.fn')
     if key in names:
       return names[key].annotation
-    mistake = f'--{where}.{key}: {part.fn} has no such key'
+    mistake = f'{where}.{key}: {part.fn} has no such key'
   else:
     declared = _key(f'{where}.{key}')
     if declared:
       return declared.kind
-    names, mistake = part, f'--{where}.{key}: unknown key'
+    names, mistake = part, f'{where}.{key}: unknown key'
   if key in part:
     return None
   raise UserError(mistake + hint(key, names))

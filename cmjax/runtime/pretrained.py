@@ -14,8 +14,8 @@ import numpy as np
 from cmjax.core import LOG_WEIGHT, Model, Network, Params, UserError
 from cmjax.port import names, read, released, write
 from cmjax.runtime import build, checkpoint, sharding, snapshots, storage
-from cmjax.runtime.config import ConfigDict, completed
 from cmjax.runtime.config_json import from_json, to_json
+from cmjax.runtime.config_record import ConfigDict, completed
 from cmjax.runtime.overrides import override
 
 SIGMA_RANGE = (0.002, 80.0)  # of all configs and released checkpoints

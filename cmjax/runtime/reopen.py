@@ -14,9 +14,9 @@ from cmjax.data.source import Source, as_x0, batch_at, one_hot, placeholder
 from cmjax.guidance import GuidedParams, WithGuide
 from cmjax.runtime import checkpoint, logs, pretrained, sharding, storage
 from cmjax.runtime.build import build, build_each, build_model, check_part, is_part
-from cmjax.runtime.config import Config, ConfigDict, checked, completed
-from cmjax.runtime.config_files import read
+from cmjax.runtime.config import read
 from cmjax.runtime.config_json import read_json
+from cmjax.runtime.config_record import Config, ConfigDict, checked, completed
 from cmjax.runtime.run import build_objective, check_fits
 from cmjax.runtime.sampler_check import check_samplers
 from cmjax.samplers import Sampler

@@ -27,8 +27,8 @@ from cmjax.data.source import Source, batch_at, check_batch, metadata
 from cmjax.fields import Reference
 from cmjax.runtime import checkpoint, logs, pretrained, sharding, snapshots
 from cmjax.runtime.build import build, build_each, build_model, is_part, path_of
-from cmjax.runtime.config import REQUIRED, Config, ConfigDict, checked
 from cmjax.runtime.config_json import to_json
+from cmjax.runtime.config_record import REQUIRED, Config, ConfigDict, checked
 from cmjax.runtime.errors import part_errors
 from cmjax.runtime.functions import parameters
 from cmjax.runtime.sampler_check import check_sigmas, sigmas_of

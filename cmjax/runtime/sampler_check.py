@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from cmjax.core import Model, Params, UserError
 from cmjax.precond import TwoTime
-from cmjax.runtime.config import ConfigDict
+from cmjax.runtime.config_record import ConfigDict
 from cmjax.runtime.errors import part_errors
 from cmjax.runtime.pretrained import SIGMA_RANGE
 from cmjax.samplers import Sampler, Samples

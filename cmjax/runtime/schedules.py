@@ -8,7 +8,7 @@ import numpy as np
 
 from cmjax.core import Array, Schedule, UserError
 from cmjax.runtime.build import build, is_part, path_of
-from cmjax.runtime.config import Config, ConfigDict
+from cmjax.runtime.config_record import Config, ConfigDict
 from cmjax.runtime.errors import user_errors
 from cmjax.runtime.functions import is_schedule, parameters
 

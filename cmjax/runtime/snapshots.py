@@ -15,7 +15,7 @@ from cmjax import ema
 from cmjax.core import Params, TrainState, UserError, first_line
 from cmjax.runtime import checkpoint, logs, sharding, storage
 from cmjax.runtime.build import check_value, path_of
-from cmjax.runtime.config import Config
+from cmjax.runtime.config_record import Config
 from cmjax.runtime.errors import user_errors
 
 MAX_ERROR = 0.1  # of a profile put together from snapshots (cmjax choice)

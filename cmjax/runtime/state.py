@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from cmjax.core import Params, TrainState, UserError
 from cmjax.runtime import checkpoint, logs, pretrained, sharding
-from cmjax.runtime.config import differences
+from cmjax.runtime.config_record import differences
 from cmjax.runtime.run import Run
 
 

@@ -10,7 +10,6 @@ import jax
 from cmjax.core import Array
 from cmjax.runtime.renamed import METRICS
 
-AHEAD = 8  # steps that may be dispatched before they are finished
 MAX_RISE = 1e4  # of the loss over a run; schedules of the gap change it far less
 
 
@@ -31,11 +30,9 @@ class Window:
     self.restart_clock()
 
   def add(self, metrics: dict[str, Array]) -> None:
-    """Adds the metrics of a step; waits for earlier steps if too many are pending."""
+    """Adds the metrics of a step."""
     self._rows.append(metrics)
     self._num_timed += 1
-    if len(self._rows) > AHEAD:  # otherwise, batches fill the memory of the devices
-      jax.block_until_ready(self._rows[-AHEAD])
 
   def restart_clock(self) -> None:
     """Excludes the time and the steps so far from images_per_s."""

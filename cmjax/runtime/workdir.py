@@ -5,9 +5,15 @@ from pathlib import Path
 
 from cmjax.core import UserError
 from cmjax.runtime import checkpoint
-from cmjax.runtime.config import Config, ConfigDict, completed, differences, may_change
-from cmjax.runtime.config_files import overridden, read
+from cmjax.runtime.config import overridden, read
 from cmjax.runtime.config_json import from_json, read_json, to_json
+from cmjax.runtime.config_record import (
+  Config,
+  ConfigDict,
+  completed,
+  differences,
+  may_change,
+)
 
 
 def folder(text: str) -> Path:
@@ -54,7 +60,7 @@ def config_for(
   """The config of a command, with its overrides, checked.
 
   Args:
-    name: as for `config_files.load`; if empty, the config of the run in `workdir`.
+    name: as for `config.load`; if empty, the config of the run in `workdir`.
     workdir: a work directory, which need not exist.
     overrides: dotted keys and the texts of their values.
     trust: packages whose functions the config of the run may name.

@@ -10,8 +10,9 @@ import numpy as np
 
 from cmjax import samplers, sampling, train
 from cmjax.modes import bench
-from cmjax.runtime import config_files, sharding
-from cmjax.runtime.config import ConfigDict
+from cmjax.runtime import sharding
+from cmjax.runtime.config import read
+from cmjax.runtime.config_record import ConfigDict
 from cmjax.runtime.run import prepare
 from cmjax.runtime.state import first_state, weights
 
@@ -50,7 +51,7 @@ def build(task: dict[str, Any]) -> dict[str, Any]:
 
 def _config(task: dict[str, Any]) -> ConfigDict:
   name = {'ect': 'ect', 'jcm': 'ct'}[task['peer']]
-  c = config_files.read(CONFIGS / f'{name}.py:cifar10')
+  c = read(CONFIGS / f'{name}.py:cifar10')
   c.network = ConfigDict(
     dict(c.network)
     | {key: task[key] for key in ('channels', 'num_blocks')}
