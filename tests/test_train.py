@@ -165,11 +165,11 @@ def test_the_iterator_trains_as_a_run_does_and_continues(tmp_path, one_device):
     numbers.append(step)
     if step == 5:
       break
-  for step, state, _ in train.steps(run, state):
+  for step, last, _ in train.steps(run, state):
     numbers.append(step)
   assert numbers == list(range(1, run.total_steps + 1))
-  assert_equal_states(straight, state)
-  assert list(train.steps(run, state)) == []
+  assert_equal_states(straight, last)
+  assert list(train.steps(run, last)) == []
 
 
 def test_losses_do_not_depend_on_the_number_of_devices(one_device):
