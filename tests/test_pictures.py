@@ -1,6 +1,10 @@
 """Pictures hold the pixels and the points that they were given."""
 
+import sys
+import types
+
 import numpy as np
+from PIL import Image
 import pytest
 
 from cmjax import pictures
@@ -87,3 +91,68 @@ def test_curves_leave_a_gap_at_values_that_a_log_axis_cannot_show():
   assert (
     0 < np.sum(np.any(blue[100:], axis=0)) < 0.2 * np.sum(np.any(line[100:], axis=0))
   )
+
+
+# In a notebook -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def displayed(monkeypatch):
+  """What a notebook displays, and what it displays in place of it later."""
+  images, later = [], []
+
+  class Handle:
+    def update(self, image):
+      later.append(image)
+
+  def display(image, display_id=False):
+    images.append(image)
+    return Handle() if display_id else None
+
+  notebook = types.ModuleType('IPython')
+  notebook.get_ipython = object
+  notebook.display = types.ModuleType('IPython.display')
+  notebook.display.display = display
+  monkeypatch.setitem(sys.modules, 'IPython', notebook)
+  monkeypatch.setitem(sys.modules, 'IPython.display', notebook.display)
+  return images, later
+
+
+def test_a_notebook_displays_images_points_and_pictures(displayed):
+  images, _ = displayed
+  x = np.linspace(-1, 1, 6 * 8 * 8, dtype=np.float32).reshape(6, 8, 8, 1)
+  pictures.show(x, columns=3)
+  pixels = np.rint((x + 1) * 127.5).astype(np.uint8)
+  np.testing.assert_array_equal(images[0], pictures.grid(pixels, 3))
+  pictures.show(np.eye(2), data=np.eye(2))
+  np.testing.assert_array_equal(images[1], pictures.scatter(np.eye(2), np.eye(2)))
+  picture = noise(4, 5, 3)
+  pictures.show(picture)
+  np.testing.assert_array_equal(images[2], picture)
+
+
+def test_a_live_picture_is_replaced(displayed):
+  images, later = displayed
+  live = pictures.Live()
+  for i in range(3):
+    live.show(np.full((2, 2, 3), i, np.uint8))
+  assert [np.max(image) for image in images + later] == [0, 1, 2]
+  assert len(images) == 1
+
+
+def test_outside_a_notebook_a_viewer_opens_and_a_live_picture_does_nothing(monkeypatch):
+  monkeypatch.delitem(sys.modules, 'IPython', raising=False)
+  opened = []
+  monkeypatch.setattr(Image.Image, 'show', lambda image: opened.append(image))
+  pictures.Live().show(np.eye(2))
+  assert opened == []
+  pictures.show(np.eye(2))
+  assert len(opened) == 1
+
+
+@pytest.mark.parametrize(
+  'x', [np.zeros(3), np.zeros((2, 3, 3)), np.zeros((1, 2, 3, 4, 5))]
+)
+def test_other_shapes_are_refused(shape):
+  with pytest.raises(ValueError, match='shows images'):
+    pictures.show(np.zeros(shape))
