@@ -4,7 +4,8 @@ To train and use a model (each name is imported when it is first used):
 
   config              config.load('ect:digits', batch_size=64): a config, checked
   run                 run.prepare(config): its network, objective, data and samplers
-  train               train.steps(run): an iterator; train.train(run, folder): a run
+  train               train.steps(run): an iterator; train.train(run, folder): a run;
+                      train.save(run, state, folder): so that it can be resumed
   pretrained          pretrained.load(path): the model of a run or of a released file
   reopen              reopen.reopen(path): a run with its data and samplers, to measure
   sampling            sampling.draw(...): any number of samples, on all devices
