@@ -182,6 +182,7 @@ def table(
   metrics: Mapping[str, Metric] | None = None,
   samplers: Mapping[str, Sampler] | None = None,
   *,
+  seed: int | None = None,
   num_seeds: int = 1,
   folder: Path | None = None,
   check: Check = lambda: None,
@@ -196,6 +197,7 @@ def table(
     params: such as `state.ema['slow']` of a training state, or `subject.params`.
     metrics: as `build_metrics` returns them; by default those of the config.
     samplers: by name; by default those of the config.
+    seed: the first seed; by default that of `config.evaluation`.
     num_seeds: sets of `config.evaluation.num_samples` samples, one per seed.
     folder: keeps the features of finished batches until the table is complete.
     check: is called before each batch, and may raise to stop.
@@ -208,11 +210,12 @@ def table(
   if metrics is None:
     metrics = build_metrics(subject)
   settings = subject.config.evaluation
+  first = settings.seed if seed is None else seed
   data = data_features(subject, metrics)
   rows, finished = [], []
   for name, sampler in subject.samplers.items():
     measured = []
-    for seed in range(settings.seed, settings.seed + num_seeds):
+    for seed in range(first, first + num_seeds):
       size = settings.num_samples
       place = None
       if folder:

@@ -362,6 +362,8 @@ def test_seeds_are_reported_one_by_one_with_their_mean_and_least_value(one_devic
   each = [measured(subject, metrics, seed=seed).values for seed in (1, 2, 3)]
   values = [v['pixel_frechet'] for v in each]
   assert row['seeds'] == [{'seed': s} | v for s, v in zip((1, 2, 3), each)]
+  (last,) = evaluation.table(subject, None, metrics, seed=3)
+  assert last['pixel_frechet'] == values[2]
   assert row['pixel_frechet'] == pytest.approx(np.mean(values))
   assert row['deviation']['pixel_frechet'] == pytest.approx(np.std(values, ddof=1))
   assert row['least']['pixel_frechet'] == min(values)
