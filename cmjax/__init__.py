@@ -4,13 +4,16 @@ To train and use a model (each name is imported when it is first used):
 
   config              config.load('ect:digits', batch_size=64): a config, checked
   run                 run.prepare(config): its network, objective, data and samplers
-  train               train.steps(run): an iterator; train.train(run, folder): a run
+  train               train.steps(run): an iterator; train.train(run, folder): a run;
+                      train.save(run, state, folder): so that it can be resumed
   pretrained          pretrained.load(path): the model of a run or of a released file
+  reopen              reopen.reopen(path): a run with its data and samplers, to measure
   sampling            sampling.draw(...): any number of samples, on all devices
   samplers            few-step sampling; diffusion_samplers: EDM, DDIM, DPM-Solver++
   guidance            classifier-free guidance, autoguidance
   editing             zero-shot editing; inversion: noise of images, interpolation
-  evaluation          metrics of samples; search: for the best noise levels
+  evaluation          evaluation.table(...): samplers by metrics, as --mode=evaluate
+  search              for the best noise levels, by any measure
   pictures            pictures.show(x): samples or points, in a notebook
 
 What these are made of, pure functions of arrays:
@@ -35,7 +38,7 @@ from cmjax.runtime import startup
 __version__ = '0.3.0.dev0'
 
 # Names of the README that are not modules of this folder.
-_FROM_RUNTIME = ('config', 'pretrained', 'run')
+_FROM_RUNTIME = ('config', 'pretrained', 'reopen', 'run')
 _MODULES = (
   *('core', 'diffusion_samplers', 'distances', 'editing', 'evaluation', 'fields'),
   *('guidance', 'inversion', 'oracles', 'pictures', 'precond', 'process', 'samplers'),

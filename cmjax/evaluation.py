@@ -1,11 +1,8 @@
 """Measures samples by the metrics of a config; one batch is in memory at a time."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-import dataclasses
-import functools
+from collections.abc import Iterable, Mapping, Sequence
 import json
 from pathlib import Path
-import re
 import tempfile
 from typing import Any, NamedTuple
 
@@ -13,12 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cmjax.core import Array, Params, UserError
-from cmjax.data.source import Source, as_x0, bounds
+from cmjax.core import Params, UserError
+from cmjax.data.source import as_x0
+from cmjax.data_features import (
+  abstract_batch,
+  compiled_features,
+  data_features,
+  fingerprint,
+  program,
+)
 from cmjax.metrics.metric import Batches, Metric
 from cmjax.runtime import build, logs, sharding
 from cmjax.runtime.errors import part_errors
-from cmjax.runtime.feature_store import FeatureStore, cache_folder, digest
+from cmjax.runtime.feature_store import FeatureStore, digest
 from cmjax.runtime.functions import parameters
 from cmjax.samplers import Sampler
 from cmjax.sampling import Check, Draws, Subject, evaluations
@@ -53,7 +57,7 @@ def measure(
   """
   source, mesh = subject.source, subject.mesh
   draws = Draws(subject, params, sampler, num_samples, seed)
-  features = _compiled(_applied(metrics), bounds(source), mesh)
+  features = compiled_features(metrics, source, mesh)
   feature_params = {name: metric.params for name, metric in metrics.items()}
   with tempfile.TemporaryDirectory() as scratch:
     store = FeatureStore(folder or Path(scratch))
@@ -119,137 +123,13 @@ def measurement_id(
   if subject.source.labels is not None:
     cond = jax.ShapeDtypeStruct((1, subject.source.classes), jnp.float32)
   programs: list[Params] = [
-    _program(sample, params, jax.random.split(jax.random.key(0), 1), cond)
+    program(sample, params, jax.random.split(jax.random.key(0), 1), cond)
   ]
   for metric in metrics.values():
-    program = _program(metric.features, metric.params, *_abstract(subject.source))
-    programs.append((program, metric.params))
-  text = json.dumps(facts, sort_keys=True)
-  return digest(text, *programs, _fingerprint(params, subject.mesh))
-
-
-def _program(function: Callable[..., Any], *arguments: Any) -> Params:
-  """The text and the constants of a program, which change with its code."""
-  traced = jax.make_jaxpr(function)(*arguments)
-  text = re.sub('0x[0-9a-f]+', '', str(traced.jaxpr))  # addresses of functions
-  return np.frombuffer(text.encode(), np.uint8), traced.consts
-
-
-def _abstract(source: Source) -> tuple[Any, Any]:
-  """A batch of x and labels, to trace the features of a metric."""
-  x = jax.ShapeDtypeStruct((3, *source.shape), jnp.float32)
-  labels = None if source.labels is None else jax.ShapeDtypeStruct((3,), jnp.int32)
-  return x, labels
-
-
-def _fingerprint(params: Params, mesh: jax.sharding.Mesh) -> list[np.ndarray]:
-  """Sums over each parameter, which differ where weights differ, even if sharded."""
-  return [np.asarray(a) for a in _sums(mesh)(jax.tree.leaves(params))]
-
-
-@functools.lru_cache(maxsize=1)
-def _sums(mesh: jax.sharding.Mesh) -> Callable[..., list[Array]]:
-  def sums(leaves):
-    return [
-      jnp.stack([jnp.sum(a), jnp.sum(jnp.abs(a)), jnp.sum(jnp.sin(1e3 * a))])
-      for a in leaves
-    ]
-
-  return jax.jit(sums, out_shardings=sharding.replicated(mesh))
-
-
-def _applied(metrics: Mapping[str, Metric]) -> tuple[tuple[str, Any], ...]:
-  return tuple((name, metric.features) for name, metric in metrics.items())
-
-
-@functools.lru_cache(maxsize=16)
-def _compiled(
-  metrics: tuple[tuple[str, Any], ...],
-  limits: tuple[float, float],
-  mesh: jax.sharding.Mesh,
-) -> Callable[..., dict[str, Array]]:
-  def features(params, x, labels):
-    x, arrays = jnp.clip(x, *limits), {}
-    for name, apply in metrics:
-      for feature, value in apply(params[name], x, labels).items():
-        arrays[f'{name}/{feature}'] = value
-    return arrays
-
-  return jax.jit(features, out_shardings=sharding.replicated(mesh))
-
-
-def data_features(
-  subject: Subject, metrics: Mapping[str, Metric]
-) -> dict[str, Batches]:
-  """The features of all data, for each metric that needs them.
-
-  Those of a feature network are computed once, and cached by the contents of the data
-  and of the network, and by the program; others are computed whenever they are
-  iterated over.
-  """
-  batches: dict[str, Batches] = {}
-  for name, metric in metrics.items():
-    if not metric.needs_data:
-      batches[name] = ()
-    elif not jax.tree.leaves(metric.params):
-      batches[name] = DataFeatures(subject.source, metric)
-    else:
-      batches[name] = _cached(subject, name, metric)
-  return batches
-
-
-_DATA_BATCH = 512  # examples per batch of data; the last batch may be smaller
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class DataFeatures:
-  """Features of the data, computed whenever they are iterated over, by this process."""
-
-  source: Source
-  metric: Metric
-
-  def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-    """Yields the features of each batch of the data."""
-    for x, labels in _data(self.source):
-      arrays = self.metric.features(self.metric.params, jnp.asarray(x), labels)
-      yield {name: np.asarray(a) for name, a in arrays.items()}
-
-
-def _data(source: Source) -> Iterator[tuple[np.ndarray, Any]]:
-  for start in range(0, len(source.examples), _DATA_BATCH):
-    rows = slice(start, start + _DATA_BATCH)
-    labels = None if source.labels is None else source.labels[rows].astype(np.int32)
-    yield as_x0(source, source.examples[rows]), labels
-
-
-def _cached(subject: Subject, name: str, metric: Metric) -> FeatureStore:
-  source, mesh = subject.source, subject.mesh
-  part = json.dumps(subject.config.to_dict()['metrics'][name], sort_keys=True)
-  scale = json.dumps([source.offset, source.scale])
-  program = _program(metric.features, metric.params, *_abstract(source))
-  data = (source.examples, source.labels)
-  contents = digest(name, part, scale, program, *data, metric.params)
-  store = FeatureStore(cache_folder() / contents)
-  finished = set(sharding.from_process_0(store.finished))
-  num_batches = -(-len(source.examples) // _DATA_BATCH)
-  if len(finished) < num_batches:
-    logs.say(f'config.metrics.{name}: features of the data ...')
-  features = _compiled(_applied({name: metric}), bounds(source), mesh)
-  by_example = sharding.by_example(mesh)
-  size = -(-_DATA_BATCH // mesh.size) * mesh.size
-  todo = [i for i in range(num_batches) if i not in finished]
-  for i in logs.counted(todo, _DATA_BATCH, 'examples'):
-    rows = np.arange(i * _DATA_BATCH, min((i + 1) * _DATA_BATCH, len(source.examples)))
-    padded = np.resize(rows, size)
-    x = sharding.place(as_x0(source, source.examples[padded]), by_example)
-    labels = None
-    if source.labels is not None:
-      labels = sharding.place(source.labels[padded].astype(np.int32), by_example)
-    arrays = features({name: metric.params}, x, labels)
-    if jax.process_index() == 0:
-      kept = {key: np.asarray(a)[: len(rows)] for key, a in arrays.items()}
-      store.write(i, kept)
-  return store.of(name)
+    text = program(metric.features, metric.params, *abstract_batch(subject.source))
+    programs.append((text, metric.params))
+  settings = json.dumps(facts, sort_keys=True)
+  return digest(settings, *programs, fingerprint(params, subject.mesh))
 
 
 def build_metrics(subject: Subject, key: str = 'evaluation') -> dict[str, Metric]:
@@ -268,7 +148,7 @@ def build_metrics(subject: Subject, key: str = 'evaluation') -> dict[str, Metric
   if any('real' in _keywords(part, name) for name, part in config.metrics.items()):
     given['real'] = as_x0(source, source.examples)  # a copy of all data as floats
   metrics = build.build_each(config.metrics, 'config.metrics', Metric, **given)
-  x, labels = _abstract(source)
+  x, labels = abstract_batch(source)
   num_samples = getattr(config, key).num_samples
   for name, metric in metrics.items():
     if metric.min_samples > num_samples:
@@ -294,3 +174,125 @@ def build_metrics(subject: Subject, key: str = 'evaluation') -> dict[str, Metric
 
 def _keywords(part: Any, name: str) -> Iterable[str]:
   return parameters(build.path_of(part), f'config.metrics.{name}.fn')
+
+
+def table(
+  subject: Subject,
+  params: Params,
+  metrics: Mapping[str, Metric] | None = None,
+  samplers: Mapping[str, Sampler] | None = None,
+  *,
+  seed: int | None = None,
+  num_seeds: int = 1,
+  folder: Path | None = None,
+  check: Check = lambda: None,
+) -> list[dict[str, Any]]:
+  """One row per sampler: evaluations per sample, and the means of all metrics.
+
+  With several seeds also their standard deviation, least value and each value, under
+  `deviation`, `least` and `seeds`. `markdown` makes a text of the rows.
+
+  Args:
+    subject: the run, or the weights that `reopen.reopen` returns.
+    params: such as `state.ema['slow']` of a training state, or `subject.params`.
+    metrics: as `build_metrics` returns them; by default those of the config.
+    samplers: by name; by default those of the config.
+    seed: the first seed; by default that of `config.evaluation`.
+    num_seeds: sets of `config.evaluation.num_samples` samples, one per seed.
+    folder: keeps the features of finished batches until the table is complete.
+    check: is called before each batch, and may raise to stop.
+
+  Raises: UserError as `build_metrics` and `measure`, or if a metric returns a value
+    with the name of another column.
+  """
+  if samplers is not None:
+    subject = subject._replace(samplers=dict(samplers))
+  if metrics is None:
+    metrics = build_metrics(subject)
+  settings = subject.config.evaluation
+  first = settings.seed if seed is None else seed
+  data = data_features(subject, metrics)
+  rows, finished = [], []
+  for name, sampler in subject.samplers.items():
+    measured = []
+    for seed in range(first, first + num_seeds):
+      size = settings.num_samples
+      place = None
+      if folder:
+        place = folder / measurement_id(subject, params, name, metrics, size, seed)
+        finished.append(FeatureStore(place))
+      result = measure(
+        subject,
+        params,
+        sampler,
+        metrics,
+        data,
+        num_samples=size,
+        seed=seed,
+        folder=place,
+        check=check,
+      )
+      if taken := RESERVED & result.values.keys():
+        raise UserError(
+          f'config.metrics: {name}: no metric may return {", ".join(sorted(taken))}; '
+          'rename its value'
+        )
+      measured.append({'seed': seed} | result.values)
+    row = {
+      'sampler': name,
+      'evaluations': result.evaluations,
+      'samples': settings.num_samples,
+    }
+    rows.append(row | _over_seeds(measured))
+  if folder and jax.process_index() == 0:
+    for store in finished:
+      store.remove()
+    if folder.is_dir() and not any(folder.iterdir()):
+      folder.rmdir()
+  return rows
+
+
+NESTED = ('deviation', 'least', 'seeds')  # keys of a row with several seeds
+RESERVED = {'sampler', 'evaluations', 'samples', 'seed', *NESTED}
+
+
+def _over_seeds(measured: list[dict[str, Any]]) -> dict[str, Any]:
+  """The mean of each metric; with several seeds also its deviation and least value.
+
+  They are NaN or infinite if a value is.
+  """
+  names = [name for name in measured[0] if name != 'seed']
+  values = np.array([[row[name] for name in names] for row in measured])
+  with np.errstate(invalid='ignore'):  # of infinity minus infinity
+    row: dict[str, Any] = _named(names, np.mean(values, axis=0))
+    if len(measured) > 1:
+      row['deviation'] = _named(names, np.std(values, axis=0, ddof=1))
+      row['least'] = _named(names, np.min(values, axis=0))
+      row['seeds'] = measured
+  return row
+
+
+def _named(names: list[str], values: np.ndarray) -> dict[str, float]:
+  return dict(zip(names, values.tolist()))
+
+
+def markdown(rows: Sequence[Mapping[str, Any]], *, each_seed: bool = False) -> str:
+  """The rows of a table as Markdown: means and deviations.
+
+  With `each_seed`, then a table of each seed, and of the least value over them.
+  """
+  summary, each = [], []
+  for row in rows:
+    cells = {key: value for key, value in row.items() if key not in NESTED}
+    for name, deviation in row.get('deviation', {}).items():
+      form = logs.digits(row[name])
+      cells[name] = f'{row[name]:{form}} ± {deviation:{form}}'
+    summary.append(cells)
+    each += [{'sampler': row['sampler'], **seed} for seed in row.get('seeds', ())]
+    if 'least' in row:
+      each.append({'sampler': row['sampler'], 'seed': 'least', **row['least']})
+  text = logs.markdown_table(summary)
+  if each and each_seed:
+    text += '\n\nEach seed, and the least value over them:\n\n'
+    text += logs.markdown_table(each)
+  return text

@@ -122,6 +122,29 @@ def train(
   return state
 
 
+def save(run: Run, state: TrainState, workdir: str | Path) -> None:
+  """Saves a state that `steps` has yielded, as `train` does, which resumes from it.
+
+  So does `cmjax --workdir=WORKDIR`. The state may be donated as soon as this returns;
+  a step that the directory already has is not saved again.
+
+  Args:
+    run: the run of the state.
+    state: at any step.
+    workdir: a new work directory, or that of the same run.
+
+  Raises: UserError if the directory holds another run, is in use or cannot be written.
+  """
+  folder = Path(workdir)
+  check_claim(folder, run.config)
+  with sharding.on_process_0(lock(folder)):
+    if jax.process_index() == 0:
+      write_config(folder, run.config)
+    keep = run.config.keep_checkpoints
+    with contextlib.closing(checkpoint.Checkpoints(folder, keep)) as checkpoints:
+      checkpoints.save(state, run.meta())
+
+
 class _Services(NamedTuple):
   """What the loop writes to, and what monitors it."""
 

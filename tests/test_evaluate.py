@@ -7,6 +7,7 @@ import pytest
 
 from cmjax import (
   core,
+  data_features,
   diffusion_samplers,
   evaluation,
   oracles,
@@ -19,7 +20,6 @@ from cmjax.data.points import points
 from cmjax.data.source import as_x0
 from cmjax.metrics.metric import Metric
 from cmjax.metrics.pixels import label_agreement, pixel_frechet
-from cmjax.modes import evaluate
 from cmjax.runtime import feature_store, sharding
 from cmjax.runtime.config import read
 from cmjax.runtime.reopen import Opened
@@ -98,7 +98,7 @@ def test_the_table_counts_evaluations_of_every_sampler(one_device):
   metrics = {'frechet': pixel_frechet()}
   few = samplers.multistep(sigmas=(80.0, 1.0))
   named = {'few': few, 'many': diffusion_samplers.ode()}
-  rows = evaluate.table(opened(source, labelled, one_device, **named), None, metrics)
+  rows = evaluation.table(opened(source, labelled, one_device, **named), None, metrics)
   assert [(row['sampler'], row['evaluations']) for row in rows] == [
     ('few', 2),
     ('many', 35),
@@ -122,7 +122,7 @@ def value_of(metric, source, x, labels=None):
     )
     for half in halves
   ]
-  data = evaluation.DataFeatures(source, metric)
+  data = data_features.DataFeatures(source, metric)
   (value,) = metric.values(batches, data).values()
   return value
 
@@ -174,7 +174,7 @@ def measured(subject, metrics, folder=None, check=lambda: None, seed=1, num_samp
     None,
     next(iter(subject.samplers.values())),
     metrics,
-    evaluation.data_features(subject, metrics),
+    data_features.data_features(subject, metrics),
     seed=seed,
     num_samples=num_samples,
     folder=folder,
@@ -300,15 +300,17 @@ def test_features_of_data_are_computed_once_for_a_network(one_device, monkeypatc
   subject.config.metrics.net = dict(fn='some.where:net')
   expected = 1 + real(source).sum(axis=(1, 2, 3)).mean()
   for _ in range(2):
-    data = evaluation.data_features(subject, {'net': metric})
+    data = data_features.data_features(subject, {'net': metric})
     np.testing.assert_allclose(metric.values((), data['net'])['mean'], expected, 1e-5)
     jax.effects_barrier()
     assert len(calls) == 4  # batches of 1,797 examples; nothing the second time
-  evaluation.data_features(subject, {'net': metric._replace(params=jnp.float32(2.0))})
+  data_features.data_features(
+    subject, {'net': metric._replace(params=jnp.float32(2.0))}
+  )
   jax.effects_barrier()
   assert len(calls) == 8
   edited = metric._replace(features=lambda *given: {'sum': 2 * features(*given)['sum']})
-  data = evaluation.data_features(subject, {'net': edited})
+  data = data_features.data_features(subject, {'net': edited})
   np.testing.assert_allclose(edited.values((), data['net'])['mean'], 2 * expected, 1e-5)
 
 
@@ -356,16 +358,55 @@ def test_features_without_a_row_per_example_are_refused(one_device, metric):
 def test_seeds_are_reported_one_by_one_with_their_mean_and_least_value(one_device):
   subject = opened(digits(), labelled, one_device, one=samplers.one_step())
   metrics = {'frechet': pixel_frechet()}
-  (row,) = evaluate.table(subject, None, metrics, num_seeds=3)
+  (row,) = evaluation.table(subject, None, metrics, num_seeds=3)
   each = [measured(subject, metrics, seed=seed).values for seed in (1, 2, 3)]
   values = [v['pixel_frechet'] for v in each]
   assert row['seeds'] == [{'seed': s} | v for s, v in zip((1, 2, 3), each)]
+  (last,) = evaluation.table(subject, None, metrics, seed=3)
+  assert last['pixel_frechet'] == values[2]
   assert row['pixel_frechet'] == pytest.approx(np.mean(values))
   assert row['deviation']['pixel_frechet'] == pytest.approx(np.std(values, ddof=1))
   assert row['least']['pixel_frechet'] == min(values)
-  text = evaluate.page([row])
+  text = evaluation.markdown([row], each_seed=True)
   assert f'{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}' in text
   assert f'| one | least | {min(values):.3f} |' in text
+
+
+def test_a_table_is_of_the_given_samplers_and_of_the_metrics_of_the_config(one_device):
+  subject = opened(digits(), labelled, one_device, one=samplers.one_step())
+  subject.config.metrics = dict(mine=dict(fn='tests.test_evaluate:mean_first_pixel'))
+  few = samplers.multistep(sigmas=(80.0, 1.0))
+  first, second = evaluation.table(subject, None, samplers={'few': few, 'same': few})
+  assert (first['sampler'], first['evaluations'], second['sampler']) == (
+    'few',
+    2,
+    'same',
+  )
+  # The model paints label / 100 there; the first 50 labels of the digits.
+  expected = np.mean(subject.source.labels[:50]) / 100
+  assert first['mean_first_pixel'] == pytest.approx(expected, rel=1e-5)
+  assert second['mean_first_pixel'] == first['mean_first_pixel']
+
+
+def test_columns_of_another_name_stay_in_the_table_and_seeds_are_on_request(one_device):
+  subject = opened(digits(), labelled, one_device, one=samplers.one_step())
+  metrics = {'mine': returning(whole=2)}
+  rows = evaluation.table(subject, None, metrics, num_seeds=2)
+  text = evaluation.markdown([{'model': 'a'} | row for row in rows])
+  assert text.splitlines()[0].startswith('| model | sampler | evaluations |')
+  assert 'least' not in text
+  assert 'least' in evaluation.markdown(rows, each_seed=True)
+
+
+def mean_first_pixel() -> Metric:
+  def values(samples, data):
+    first = np.concatenate([batch['first'] for batch in samples])
+    return {'mean_first_pixel': float(np.mean(first))}
+
+  def features(params, x, labels):
+    return {'first': x[:, 0, 0, 0]}
+
+  return Metric((), features, values, needs_data=False)
 
 
 def returning(**numbers):
@@ -376,20 +417,24 @@ def returning(**numbers):
 def test_a_value_that_is_not_finite_is_reported_with_several_seeds(one_device):
   subject = opened(digits(), labelled, one_device, one=samplers.one_step())
   metrics = {'broken': returning(nan=np.nan, infinite=np.inf, whole=2)}
-  (row,) = evaluate.table(subject, None, metrics, num_seeds=2)
+  (row,) = evaluation.table(subject, None, metrics, num_seeds=2)
   assert np.isnan([row['nan'], row['deviation']['nan'], row['least']['nan']]).all()
   assert row['infinite'] == np.inf
   assert (row['whole'], row['deviation']['whole']) == (2, 0)
-  assert 'nan ± nan' in evaluate.page([row])
+  assert 'nan ± nan' in evaluation.markdown([row])
 
 
 def test_small_values_such_as_a_kernel_distance_keep_their_digits(one_device):
   subject = opened(digits(), labelled, one_device, one=samplers.one_step())
   metrics = {'kernel': returning(kid=5.25e-4, zero=0.0, large=2.5)}
-  (row,) = evaluate.table(subject, None, metrics)
-  assert '| one | 1 | 50 | 0.000525 | 0.000 | 2.500 |' in evaluate.page([row])
-  (row,) = evaluate.table(subject, None, metrics, num_seeds=2)
-  assert '| 0.000525 ± 0 | 0.000 ± 0.000 | 2.500 ± 0.000 |' in evaluate.page([row])
+  (row,) = evaluation.table(subject, None, metrics)
+  assert '| one | 1 | 50 | 0.000525 | 0.000 | 2.500 |' in evaluation.markdown(
+    [row], each_seed=True
+  )
+  (row,) = evaluation.table(subject, None, metrics, num_seeds=2)
+  assert '| 0.000525 ± 0 | 0.000 ± 0.000 | 2.500 ± 0.000 |' in evaluation.markdown(
+    [row], each_seed=True
+  )
 
 
 @pytest.mark.parametrize('name', ['seed', 'seeds', 'least', 'samples'])
@@ -397,7 +442,7 @@ def test_a_value_may_not_have_the_name_of_a_column(one_device, name):
   subject = opened(digits(), labelled, one_device, one=samplers.one_step())
   metrics = {'mine': returning(**{name: 1.0})}
   with pytest.raises(core.UserError, match=f'no metric may return {name}'):
-    evaluate.table(subject, None, metrics, num_seeds=2)
+    evaluation.table(subject, None, metrics, num_seeds=2)
 
 
 def test_balanced_labels_have_each_class_in_turn(one_device):

@@ -25,6 +25,7 @@ FLOORS = {
     'train',
     'train_step',
     'sampling',
+    'data_features',
     'evaluation',
     'edit_requests',
     'modes.*',
@@ -67,7 +68,7 @@ BANNED = {
   r'config\.get\(': [],
   r'jax\.jit': [
     *('train', 'sampling', 'evaluation', 'modes.*', 'studies.*', 'runtime.state'),
-    'runtime.classifier',
+    *('runtime.classifier', 'data_features'),
   ],
   r'\bprint\(': ['runtime.logs', 'runtime.errors', 'modes.configs'],
   r'\b(run as runs|config as configs|workdir as workdirs|process as processes)\b': [],

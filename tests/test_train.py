@@ -19,7 +19,7 @@ import pytest
 
 from cmjax import core, schedules, train
 from cmjax.data.tfds import DATA_DIR_VARIABLE
-from cmjax.runtime import checkpoint, logs, sharding, watchdog
+from cmjax.runtime import checkpoint, logs, pretrained, sharding, watchdog
 from cmjax.runtime.config import load, read
 from cmjax.runtime.config_record import differences
 from cmjax.runtime.run import prepare
@@ -125,6 +125,19 @@ def test_an_infinite_gradient_of_a_finite_loss_is_skipped_too():
 
 
 # The loop --------------------------------------------------------------------------
+
+
+def test_a_loop_of_one_s_own_is_saved_and_resumes_bit_for_bit(tmp_path, one_device):
+  run = prepare(small(total_images=32 * 12), one_device)
+  for step, state, _ in train.steps(run):
+    if step == 9:
+      train.save(run, state, tmp_path)
+  assert pretrained.load(tmp_path, mesh=one_device).step == 9
+  resumed = train.train(run, tmp_path)
+  assert_equal_states(resumed, state)
+  other = prepare(small(seed=1), one_device)
+  with pytest.raises(core.UserError, match=r'holds a run with another config.*seed'):
+    train.save(other, state, tmp_path)
 
 
 def test_a_run_that_is_never_finite_stops_and_says_so(tmp_path, one_device):

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from cmjax import evaluation, pictures
 from cmjax.core import UserError, unused
+from cmjax.data_features import data_features
 from cmjax.runtime import build, logs, results
 from cmjax.runtime.config_record import ConfigDict
 from cmjax.runtime.errors import part_errors
@@ -107,7 +108,7 @@ class Trials:
     self._metrics = evaluation.build_metrics(opened, 'search')
     if not self._metrics:
       raise UserError('config.metrics: a search needs at least one')
-    self._features = evaluation.data_features(opened, self._metrics)
+    self._features = data_features(opened, self._metrics)
     self._count = 0
 
   def part(self, value: Any) -> ConfigDict:
