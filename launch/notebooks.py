@@ -116,10 +116,13 @@ def execute(
       km=AsyncKernelManager(kernel_spec_manager=_ThisPython()),
       resources={'metadata': {'path': str(Path(folder) / 'work')}},
     )
-    try:
-      client.execute(env=env)
-    except Exception as e:  # of the cell, or a kernel that died or took too long
-      raise _described(e, path, notebook) from None
+    # Its warnings are not of the notebook, whose outputs have what cells write there.
+    with (Path(folder) / 'kernel.log').open('w+', encoding='utf-8') as log:
+      try:
+        client.execute(env=env, stderr=log)
+      except Exception as e:  # of the cell, or a kernel that died or took too long
+        log.seek(0)
+        raise _described(e, path, notebook, log.read()) from None
   return notebook
 
 
@@ -134,10 +137,10 @@ def _environment(folder: str) -> dict[str, str]:
 
 
 def _described(
-  error: Exception, path: Path, notebook: nbformat.NotebookNode
+  error: Exception, path: Path, notebook: nbformat.NotebookNode, log: str
 ) -> NotebookError:
-  """The error of a cell, with where it is."""
-  place, trace = path.name, f'{type(error).__name__}: {error}'
+  """The error of a cell, with where it is; of a dead kernel, what it wrote last."""
+  place, trace = path.name, f'{type(error).__name__}: {error}\n{log[-2000:]}'
   for number, cell in enumerate(notebook.cells, 1):
     for output in cell.get('outputs', ()):
       if output.output_type == 'error' and isinstance(error, CellExecutionError):
