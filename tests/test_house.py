@@ -26,6 +26,7 @@ FLOORS = {
     'train_step',
     'sampling',
     'evaluation',
+    *('figures', 'report_sections', 'report', 'comparison'),
     'edit_requests',
     'modes.*',
   ],
@@ -42,8 +43,8 @@ DOORS = {
   'clu': ['runtime.logs'],
   'tensorboardX': ['runtime.logs'],
   'tqdm': ['runtime.logs'],
-  'matplotlib': ['pictures'],
-  'PIL': ['runtime.results', 'data.files', 'pictures'],
+  'matplotlib': ['pictures', 'runtime.svg'],
+  'PIL': ['runtime.results', 'runtime.embed', 'data.files', 'pictures'],
   'IPython': ['pictures'],
   'sklearn': ['data.digits', 'metrics.pixels'],
   'optax': [
@@ -69,7 +70,7 @@ BANNED = {
     *('train', 'sampling', 'evaluation', 'modes.*', 'studies.*', 'runtime.state'),
     'runtime.classifier',
   ],
-  r'\bprint\(': ['runtime.logs', 'runtime.errors', 'modes.configs'],
+  r'\bprint\(': ['runtime.logs', 'runtime.errors', 'modes.configs', 'modes.report'],
   r'\b(run as runs|config as configs|workdir as workdirs|process as processes)\b': [],
 }
 MAX_LINES = 300

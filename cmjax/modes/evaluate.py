@@ -10,6 +10,7 @@ import numpy as np
 
 from cmjax import evaluation, pictures
 from cmjax.core import Params, UserError, unused
+from cmjax.data.source import as_x0
 from cmjax.metrics.metric import Metric
 from cmjax.runtime import logs, results
 from cmjax.runtime.config_record import Config
@@ -125,8 +126,16 @@ def page(rows: list[dict[str, Any]]) -> str:
 def log_pictures(
   run: Run, params: Params, step: int, log: logs.RunLog, check: Check
 ) -> None:
-  """A training hook: one picture per sampler, always of the same noise and labels."""
-  settings = run.config.evaluation
+  """A training hook: one picture per sampler, always of the same noise and labels.
+
+  The first time also one of as many examples of the data. Points need none, as samples
+  are drawn over them.
+  """
+  settings, source = run.config.evaluation, run.source
+  if len(source.shape) > 1:
+    examples = source.examples[: settings.num_pictured]
+    real = as_x0(source, examples)
+    log.picture_once('data', lambda: pictures.samples(source, real))
   for name, sampler in run.samplers.items():
     drawn = draw(
       run,
@@ -136,7 +145,7 @@ def log_pictures(
       seed=settings.seed,
       check=check,
     )
-    log.picture(step, name, pictures.samples(run.source, drawn.x))
+    log.picture(step, name, pictures.samples(source, drawn.x))
 
 
 def table_logger(metrics: Mapping[str, Metric], folder: Path) -> Callable[..., None]:
