@@ -19,10 +19,10 @@ MAX_PICTURES = 6  # of a sampler over training
 MAX_SAMPLERS, MAX_TABLES = 12, 12
 
 
-def safely(build: Callable[..., Markup], *arguments: Any) -> Markup:
-  """What `build` returns; a sentence instead if a file holds what nobody expects."""
+def safely(section: Callable[..., Markup], *arguments: Any) -> Markup:
+  """What `section` returns; a sentence instead if a file holds what nobody expects."""
   try:
-    return build(*arguments)
+    return section(*arguments)
   except Exception as error:  # of any kind, as a file may hold anything
     text = f'Not shown, as a file of it is damaged ({first_line(error)}).'
     return element('p', text, class_='dim')
