@@ -10,7 +10,7 @@ import numpy as np
 
 from cmjax.figures import Album, Curve, figure, has_values, last_value
 from cmjax.report import NAME, footer, state_of
-from cmjax.report_sections import evaluation_rows, last_start, safely, whole_number
+from cmjax.report_sections import last_start, newest_rows, safely, whole_number
 from cmjax.runtime import config, html
 from cmjax.runtime.config_record import flat
 from cmjax.runtime.contents import Contents, read_contents
@@ -126,12 +126,10 @@ def _evaluations(runs: Runs) -> Markup:
   for name, run in runs.items():
     if not run.evaluations:
       without.append(name)
-    for document in run.evaluations[:1]:
-      about = {'run': name, 'step': document.value['step']}
-      rows += [about | row for row in evaluation_rows(document)]
+    rows += [{'run': name} | row for row in newest_rows(run)]
   parts = [html.table(rows)] if rows else []
   if rows:
-    parts.append(element('p', 'The newest evaluation of each run.', class_='dim'))
+    parts.append(element('p', 'The newest measurement of each sampler.', class_='dim'))
   if without:
     text = f'Not evaluated: {", ".join(without)}.'
     parts.append(element('p', text, class_='dim'))

@@ -78,12 +78,11 @@ def figure(
   if marks:
     mark = element('u', style=f'background:{svg.COLOURS[3]};width:3px;height:9px')
     legend.append(element('i', mark, 'skipped steps'))
-  if note:
-    legend.append(element('i', note))
   label = f'plot of {title}'
   drawn = drawn.replace('<svg ', f'<svg aria-label="{html.text(label)}" ', 1)
-  caption = element('figcaption', element('b', title), *legend)
-  return element('figure', caption, Markup(drawn))
+  caption = element('figcaption', element('b', title), element('i', note))
+  legend = element('div', *legend, class_='legend')
+  return element('figure', caption, legend, Markup(drawn))
 
 
 def raw_and_smooth(
@@ -127,10 +126,10 @@ def training_figures(series: Mapping[str, Series]) -> list[Markup]:
     ]
     positive = all(np.nanmin(s.values) > 0 for s in quartiles.values())
     mean = next(iter(smooth.values()))
-    window = f', mean of {mean.num_rows:,} rows' if mean else ''
-    title = f'loss by quartile of sigma, the lowest first{window}'
-    log = (False, bool(positive))
-    figures.append(figure(title, curves, place='training', log=log))
+    note = f'mean of {mean.num_rows:,} rows' if mean else ''
+    title, log = 'loss by quartile of sigma', (False, bool(positive))
+    drawn = figure(title, curves, place='training', note=note, log=log)
+    figures.append(drawn)
   schedules = [name for name in training if '.' in name]
   for name in sorted(schedules, key=lambda name: not name.endswith('learning_rate')):
     values = training[name].values
@@ -202,11 +201,13 @@ class Album:
     slot = Markup(f'\x00{len(self._slots) - 1}\x00')
     return element('figure', element('figcaption', element('b', caption)), slot)
 
-  def grid(self, pictures: Mapping[str, Path], prefix: str = '') -> Markup:
+  def grid(
+    self, pictures: Mapping[str, Path], prefix: str = '', *, large: bool = False
+  ) -> Markup:
     """Pictures by caption, beside each other as far as there is room."""
     shapes = [embed.shape_of(path) or (1, 1) for path in pictures.values()]
     ratio = max((w / h for w, h in shapes), default=1)
-    kind = 'pictures wide' if ratio > 1.8 else 'pictures small'
+    kind = 'pictures wide' if large or ratio > 1.8 else 'pictures small'
     figures = [
       self.add(path, caption, f'{prefix}{caption}')
       for caption, path in pictures.items()

@@ -8,7 +8,7 @@ import numpy as np
 
 from cmjax import report_sections as sections
 from cmjax.figures import Album, has_values, last_value
-from cmjax.report_sections import evaluation_rows, last_start, safely, whole_number
+from cmjax.report_sections import last_start, newest_rows, safely, whole_number
 from cmjax.runtime import html
 from cmjax.runtime.contents import Contents, read_contents
 from cmjax.runtime.html import Markup, element, together
@@ -42,7 +42,7 @@ def page(run: Contents) -> str:
   links = (element('a', parts[key][0], href=f'#{key}') for key in parts)
   body = together(
     (
-      element('header', element('h1', name), _summary(run), _tiles(run)),
+      element('header', element('h1', name), _summary(run), safely(_tiles, run)),
       element('nav', *links),
       *(
         element('section', element('h2', parts[key][0], id=key), content)
@@ -96,10 +96,10 @@ def _tiles(run: Contents) -> Markup:
   """The numbers that one looks for first."""
   series = run.metrics.series
   tiles: dict[str, Any] = {}
-  for row in evaluation_rows(run.evaluations[0])[:3] if run.evaluations else ():
-    metrics = [k for k in row if k not in ('sampler', 'evaluations', 'samples')]
+  for row in newest_rows(run)[:3]:
+    metrics = [k for k in row if k not in ('step', 'sampler', 'evaluations', 'samples')]
     if metrics:
-      tiles[f'{metrics[0]}, {row.get("sampler", "")}'] = row[metrics[0]]
+      tiles[f'{metrics[0]}, {row["sampler"]}'] = html.number(row[metrics[0]])
   loss = last_value(series.get('loss'))
   tiles['loss, last row'] = None if loss is None else html.number(loss)
   if 'images_per_s' in series and has_values(series['images_per_s']):

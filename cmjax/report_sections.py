@@ -140,7 +140,7 @@ def what_it_makes(run: Contents, album: Album) -> Markup:
     if paths:
       parts.append(element('h3', title))
       sheets = {path.parent.name: path for path in paths}
-      parts.append(album.grid(sheets, f'{title} '))
+      parts.append(album.grid(sheets, f'{title} ', large=True))
   return together(parts)
 
 
@@ -167,6 +167,15 @@ def evaluation_rows(document: Document) -> list[dict[str, Any]]:
         )
     rows.append(cells)
   return rows
+
+
+def newest_rows(run: Contents) -> list[dict[str, Any]]:
+  """The newest measurement of each sampler, with its step."""
+  rows: dict[str, dict[str, Any]] = {}
+  for document in run.evaluations:
+    for row in evaluation_rows(document):
+      rows.setdefault(str(row['sampler']), {'step': document.value['step']} | row)
+  return sorted(rows.values(), key=lambda row: row['evaluations'])
 
 
 def _evaluation(document: Document) -> Markup:

@@ -61,10 +61,12 @@ def table(rows: Sequence[Mapping[str, Any]], most: int = 200) -> Markup:
   """A table, in a box of its own that scrolls; columns of numbers are aligned right.
 
   Args:
-    rows: cells by column; one that is missing or None is left empty.
+    rows: cells by column; one that is missing or None is left empty, and so is no
+      whole column.
     most: how many rows are shown.
   """
-  columns = list(dict.fromkeys(key for row in rows for key in row))
+  columns = dict.fromkeys(key for row in rows for key in row)
+  columns = [key for key in columns if any(_cell(row.get(key)) for row in rows)]
   cells = [[_cell(row.get(key)) for key in columns] for row in rows[:most]]
   numbers = [
     all(not cell or _NUMBER.fullmatch(cell) for cell in column)
@@ -94,7 +96,7 @@ def number(value: Any) -> str:
     return value if isinstance(value, str) else str(value)
   if isinstance(value, int) or (value.is_integer() and abs(value) < 1e9):
     return f'{int(value):,}' if abs(value) < 1e15 else f'{value:.4g}'
-  return f'{value:.4g}'
+  return f'{value:,.0f}' if 1e3 <= abs(value) < 1e9 else f'{value:.4g}'
 
 
 def facts(pairs: Mapping[str, Any]) -> Markup:
@@ -204,7 +206,8 @@ table { border-collapse: collapse; font-size: 13.5px;
 th { text-align: left; font-weight: 600; color: var(--dim); white-space: nowrap }
 th, td { padding: 5px 18px 5px 0; border-bottom: 1px solid var(--line);
   vertical-align: top }
-td { min-width: 3em; max-width: 32em; overflow-wrap: anywhere }
+td { max-width: 32em; overflow-wrap: break-word }
+td code { overflow-wrap: break-word }
 th.n, td.n { white-space: nowrap; text-align: right }
 details { margin: 10px 0 }
 summary { cursor: pointer; color: var(--accent) }
@@ -216,11 +219,15 @@ summary { cursor: pointer; color: var(--accent) }
 .pictures.small {
   grid-template-columns: repeat(auto-fill, minmax(min(46%, 180px), 1fr)) }
 figure { margin: 0; min-width: 0 }
-figcaption { font-size: 13px; margin-bottom: 4px; display: flex; flex-wrap: wrap;
-  gap: 0 12px; overflow-wrap: anywhere }
-figcaption b { font-weight: 600; margin-right: auto }
-figcaption i { font-style: normal; color: var(--dim); white-space: nowrap }
-figcaption u { text-decoration: none; display: inline-block; width: 14px; height: 3px;
+figcaption { font-size: 13px; margin-bottom: 2px; display: flex; gap: 0 12px;
+  justify-content: space-between; overflow-wrap: anywhere }
+figcaption b { font-weight: 600 }
+figcaption i { font-style: normal; color: var(--dim); white-space: nowrap;
+  font-variant-numeric: tabular-nums }
+.legend { font-size: 12px; color: var(--dim); min-height: 18px; margin-bottom: 2px;
+  display: flex; flex-wrap: wrap; gap: 0 12px; overflow-wrap: anywhere }
+.legend i { font-style: normal }
+.legend u { text-decoration: none; display: inline-block; width: 14px; height: 3px;
   border-radius: 2px; margin-right: 5px; vertical-align: middle }
 svg, img { display: block; width: 100%; height: auto }
 svg { overflow: visible; stroke-linejoin: round }

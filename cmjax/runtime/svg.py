@@ -103,7 +103,7 @@ def _style(axes: 'Axes', x_label: str, logs: tuple[bool, bool]) -> None:
       subs = (1.0,) if decades > 2.5 else (1.0, 2.0, 5.0)
       axis.set_major_locator(ticker.LogLocator(subs=subs, numticks=7))
     else:
-      axis.set_major_locator(ticker.MaxNLocator(5))
+      axis.set_major_locator(ticker.MaxNLocator(5, steps=(1, 2, 2.5, 5, 10)))
     axis.set_major_formatter(ticker.FuncFormatter(_number))
     axis.set_minor_locator(ticker.NullLocator())
   axes.tick_params(colors=_TEXT, length=3, width=0.6)
