@@ -81,6 +81,14 @@ def samples(source: Source, x: np.ndarray, columns: int = 20) -> np.ndarray:
   return grid(as_uint8(source, x), columns)
 
 
+def data(source: Source, num_examples: int, columns: int = 20) -> np.ndarray:
+  """A picture u8[H, W, 3] of the first examples, as `samples` shows samples."""
+  x = as_x0(source, source.examples[:num_examples])
+  if len(source.shape) == 1:
+    return scatter(x[:0, :2], x[:, :2])
+  return grid(as_uint8(source, x), columns)
+
+
 def grid(images: np.ndarray, columns: int, cell: int = 48) -> np.ndarray:
   """A grid u8[H', W', 3] of images u8[N, H, W, C], filled row by row.
 
@@ -104,7 +112,8 @@ def scatter(points: np.ndarray, data: np.ndarray | None = None) -> np.ndarray:
   axes = figure.add_subplot()
   if data is not None:
     axes.plot(*data.T, '.', color='0.8', markersize=2, label='data')
-  axes.plot(*points.T, '.', color='C0', markersize=2, label='samples')
+  if len(points):
+    axes.plot(*points.T, '.', color='C0', markersize=2, label='samples')
   axes.set_aspect('equal')
   axes.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=2, markerscale=5)
   return _rendered(figure)

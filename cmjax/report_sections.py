@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 import json
+import shlex
 from typing import Any
 
 import numpy as np
@@ -62,18 +63,35 @@ def _starts(run: Contents) -> Markup:
       element('code', str(git['revision'])[:12]),
       ' with uncommitted changes' * bool(git['uncommitted_changes']),
     ),
-    'Started': start.get('started'),
+    'Started': _date(start['started']),
   }
-  parts = [element('pre', start.get('command', ''), class_='wrap'), html.facts(facts)]
+  parts = [element('pre', _wrapped(start['command'])), html.facts(facts)]
   rows: list[dict[str, Any]] = []
   for row in run.starts:
     if 'started' in row:
-      rows.append({'started': row['started'], 'first step': row.get('first_step')})
+      rows.append(
+        {'started': _date(row['started']), 'first step': row.get('first_step')}
+      )
     elif rows:
-      rows[-1] |= {'ended': row['ended'], 'error': row.get('error') or 'none'}
+      rows[-1] |= {'ended': _date(row['ended']), 'error': row.get('error') or 'none'}
   if len(rows) > 1:
     parts += [element('h3', 'Starts'), html.table(rows[::-1], most=20)]
   return together(parts)
+
+
+def _wrapped(command: str, width: int = 96) -> str:
+  """A shell command over several lines."""
+  lines: list[list[str]] = [[]]
+  for word in map(shlex.quote, shlex.split(command)):
+    if len(' '.join([*lines[-1], word])) > width:
+      lines.append([])
+    lines[-1].append(word)
+  return ' \\\n  '.join(map(' '.join, filter(None, lines)))
+
+
+def _date(time: Any) -> str:
+  """A time in UTC, for people."""
+  return str(time).replace('T', ' ').replace('+00:00', ' UTC')
 
 
 def _config(run: Contents) -> Markup:
@@ -175,7 +193,20 @@ def newest_rows(run: Contents) -> list[dict[str, Any]]:
   for document in run.evaluations:
     for row in evaluation_rows(document):
       rows.setdefault(str(row['sampler']), {'step': document.value['step']} | row)
+  for row in in_training(run):
+    rows.setdefault(row['sampler'], row)
   return sorted(rows.values(), key=lambda row: row['evaluations'])
+
+
+def in_training(run: Contents) -> list[dict[str, Any]]:
+  """The last evaluation of each sampler during training, from `SAMPLER/METRIC`."""
+  rows: dict[str, dict[str, Any]] = {}
+  for key, series in run.metrics.series.items():
+    sampler, slash, metric = key.partition('/')
+    if slash:
+      first = {'step': int(series.steps[-1]), 'sampler': sampler, 'evaluations': 0}
+      rows.setdefault(sampler, first)[metric] = float(series.values[-1])
+  return list(rows.values())
 
 
 def _evaluation(document: Document) -> Markup:
@@ -208,6 +239,7 @@ def how_good(run: Contents) -> Markup:
     parts.append(element('p', text, class_='dim'))
   if figures := evaluation_figures(run.metrics.series):
     parts.append(element('h3', 'During training'))
+    parts.append(html.table(in_training(run)))
     parts.append(element('div', *figures, class_='plots'))
   if not parts:
     text = 'Not evaluated: --mode=evaluate, or config.every.evaluate_steps.'

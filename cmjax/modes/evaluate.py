@@ -10,7 +10,6 @@ import numpy as np
 
 from cmjax import evaluation, pictures
 from cmjax.core import Params, UserError, unused
-from cmjax.data.source import as_x0
 from cmjax.metrics.metric import Metric
 from cmjax.runtime import logs, results
 from cmjax.runtime.config_record import Config
@@ -128,14 +127,10 @@ def log_pictures(
 ) -> None:
   """A training hook: one picture per sampler, always of the same noise and labels.
 
-  The first time also one of as many examples of the data. Points need none, as samples
-  are drawn over them.
+  The first time also one of as many examples of the data.
   """
-  settings, source = run.config.evaluation, run.source
-  if len(source.shape) > 1:
-    examples = source.examples[: settings.num_pictured]
-    real = as_x0(source, examples)
-    log.picture_once('data', lambda: pictures.samples(source, real))
+  settings = run.config.evaluation
+  log.picture_once('data', lambda: pictures.data(run.source, settings.num_pictured))
   for name, sampler in run.samplers.items():
     drawn = draw(
       run,
@@ -145,7 +140,7 @@ def log_pictures(
       seed=settings.seed,
       check=check,
     )
-    log.picture(step, name, pictures.samples(source, drawn.x))
+    log.picture(step, name, pictures.samples(run.source, drawn.x))
 
 
 def table_logger(metrics: Mapping[str, Metric], folder: Path) -> Callable[..., None]:
