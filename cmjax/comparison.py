@@ -10,7 +10,8 @@ import numpy as np
 
 from cmjax.figures import Album, Curve, figure, has_values, last_value
 from cmjax.report import NAME, footer, state_of
-from cmjax.report_sections import last_start, newest_rows, safely, whole_number
+from cmjax.report_results import newest_rows
+from cmjax.report_sections import last_start, safely, whole_number
 from cmjax.runtime import config, html
 from cmjax.runtime.config_record import flat
 from cmjax.runtime.contents import Contents, read_contents

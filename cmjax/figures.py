@@ -108,7 +108,7 @@ def training_figures(series: Mapping[str, Series]) -> list[Markup]:
   What is constant, or one plot too many, is named below the grid.
   """
   training = {k: s for k, s in series.items() if '/' not in k and has_values(s)}
-  skipped = skipped_at(training)
+  skipped = skipped_at(training).tolist()
   figures, constant = [], {}
 
   def add(name: str, log: bool | None = None, marks: Sequence[float] = ()) -> None:

@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from cmjax import report_results as results
 from cmjax import report_sections as sections
 from cmjax.figures import Album, has_values, last_value
-from cmjax.report_sections import last_start, newest_rows, safely, whole_number
+from cmjax.report_results import newest_rows
+from cmjax.report_sections import last_start, safely, whole_number
 from cmjax.runtime import html
 from cmjax.runtime.contents import Contents, read_contents
 from cmjax.runtime.html import Markup, element, together
@@ -31,10 +33,10 @@ def page(run: Contents) -> str:
     'run': ('What was run', sections.what_was_run),
     'training': ('How it went', sections.how_it_went),
     'pictures': ('What it makes', lambda run: sections.what_it_makes(run, album)),
-    'evaluation': ('How good it is', sections.how_good),
-    'searches': ('Searches', sections.searches),
-    'studies': ('Studies', lambda run: sections.studies(run, album)),
-    'bench': ('Speed', sections.benches),
+    'evaluation': ('How good it is', results.how_good),
+    'searches': ('Searches', results.searches),
+    'studies': ('Studies', lambda run: results.studies(run, album)),
+    'bench': ('Speed', results.benches),
   }
   optional = {'searches': run.searches, 'studies': run.studies, 'bench': run.benches}
   parts = {k: v for k, v in parts.items() if optional.get(k, True)}

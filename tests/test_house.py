@@ -26,7 +26,7 @@ FLOORS = {
     'train_step',
     'sampling',
     'evaluation',
-    *('figures', 'report_sections', 'report', 'comparison'),
+    *('figures', 'report_sections', 'report_results', 'report', 'comparison'),
     'edit_requests',
     'modes.*',
   ],

@@ -45,10 +45,9 @@ class Contents(NamedTuple):
   @property
   def total_steps(self) -> int | None:
     """Steps of the whole run."""
-    if self.config is None:
-      return None
+    config: Any = self.config
     try:
-      return -(-int(self.config.total_images) // int(self.config.batch_size))
+      return -(-int(config.total_images) // int(config.batch_size))
     except (ValueError, TypeError, AttributeError, ArithmeticError):
       return None
 

@@ -34,7 +34,7 @@ def recorded(
     yield
     return
   path = workdir / NAME
-  _append(path, start(first_step) | facts)
+  _append(path, start(first_step) | dict(facts))
   error = None
   try:
     yield

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 import io
 import re
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -49,7 +49,7 @@ def plot(
   from matplotlib.backends.backend_svg import FigureCanvasSVG
   from matplotlib.figure import Figure
 
-  settings = {
+  settings: dict[Any, Any] = {
     'svg.fonttype': 'none',
     'svg.hashsalt': name,
     'text.parse_math': False,
