@@ -1,6 +1,7 @@
 """The sections of a report on what has been measured after, or during, training."""
 
 from collections.abc import Mapping, Sequence
+import contextlib
 from typing import Any
 
 import numpy as np
@@ -36,8 +37,10 @@ def newest_rows(run: Contents) -> list[dict[str, Any]]:
   """The newest measurement of each sampler, with its step."""
   rows: dict[str, dict[str, Any]] = {}
   for document in run.evaluations:
-    for row in evaluation_rows(document):
-      rows.setdefault(str(row['sampler']), {'step': document.value['step']} | row)
+    with contextlib.suppress(Exception):  # its own table names what is damaged
+      for row in evaluation_rows(document):
+        count = {'step': document.value['step'], 'evaluations': int(row['evaluations'])}
+        rows.setdefault(str(row['sampler']), count | row)
   for row in in_training(run):
     rows.setdefault(row['sampler'], row)
   return sorted(rows.values(), key=lambda row: row['evaluations'])

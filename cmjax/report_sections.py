@@ -12,7 +12,7 @@ from cmjax.figures import Album, training_figures
 from cmjax.runtime import config, html
 from cmjax.runtime.config_json import to_json
 from cmjax.runtime.config_record import flat
-from cmjax.runtime.contents import Contents
+from cmjax.runtime.contents import Contents, Document
 from cmjax.runtime.html import Markup, element, together
 
 MAX_PICTURES = 6  # of a sampler over training
@@ -24,7 +24,9 @@ def safely(section: Callable[..., Markup], *arguments: Any) -> Markup:
   try:
     return section(*arguments)
   except Exception as error:  # of any kind, as a file may hold anything
-    text = f'Not shown, as a file of it is damaged ({first_line(error)}).'
+    files = [str(a.path) for a in arguments if isinstance(a, Document)]
+    what = ', '.join(files) or 'a file of it'
+    text = f'Not shown, as {what} is damaged ({first_line(error)}).'
     return element('p', text, class_='dim')
 
 

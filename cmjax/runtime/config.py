@@ -3,6 +3,7 @@
 import ast
 from collections.abc import Iterable
 import contextlib
+import functools
 from importlib import resources
 import importlib.util
 from pathlib import Path
@@ -64,13 +65,19 @@ def closest(config: ConfigDict | Config) -> tuple[str, ConfigDict]:
 
   Configs that do not load are left out.
   """
+  candidates = _all_shipped()
+  best = min(candidates, key=lambda name: len(differences(candidates[name], config)))
+  return best, read(best)
+
+
+@functools.cache
+def _all_shipped() -> dict[str, Config]:
   names = [f'{name}:{data}' for name in shipped() for data in data_of(name)]
-  candidates = {}
+  configs = {}
   for name in names:
     with contextlib.suppress(UserError):
-      candidates[name] = read(name)
-  best = min(candidates, key=lambda name: len(differences(candidates[name], config)))
-  return best, candidates[best]
+      configs[name] = checked(read(name))
+  return configs
 
 
 def overridden(config: ConfigDict, overrides: Iterable[tuple[str, str]]) -> Config:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 MAX_FILE = 30_000_000  # bytes, and
 MAX_PIXELS = 40_000_000  # beyond which a file is not read
 # Tried in turn until a picture fits: quality, and longest side in pixels.
-LOSSY = ((92, 1600), (80, 1200), (60, 1000), (45, 700), (25, 480))
+LOSSY = ((92, 1600), (80, 1200), (60, 1000), (45, 700), (40, 600), (30, 480), (20, 320))
 
 
 class Embedded(NamedTuple):
@@ -66,16 +66,23 @@ def _encoded(path: Path, most: int) -> tuple[bytes, tuple[int, int]] | str:
   except Exception:  # damaged files raise errors of many types
     return 'cannot be read'
   size = picture.size
-  if picture.width * picture.height < 2_000_000:
+  # WebP is rarely less than a quarter of the PNG, and takes long to find out.
+  if path.stat().st_size < 4 * most and size[0] * size[1] < 2_000_000:
     data = _webp(picture, lossless=True, quality=0, method=1)
     if len(data) <= most:
       return data, size
+  bytes_per_pixel = 0.0
   for quality, side in LOSSY:
+    scale = min(1.0, side / max(size))
+    likely = bytes_per_pixel * scale**2 * size[0] * size[1]
+    if likely > 4 * most and (quality, side) != LOSSY[-1]:
+      continue  # a lower quality alone saves less
     smaller = picture.copy()
     smaller.thumbnail((side, side))
     data = _webp(smaller, quality=quality, method=2)
     if len(data) <= most:
       return data, size
+    bytes_per_pixel = len(data) / (smaller.width * smaller.height)
   return 'does not fit in the page'
 
 
