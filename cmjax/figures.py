@@ -53,6 +53,8 @@ def figure(
   log_y = log[1]
   if log_y is None:
     log_y = bool(len(values)) and 0 < values.min() < values.max() / 20
+  log_y = bool(log_y) and bool((values > 0).any())
+  log_x = log[0] and all((c.series.steps > 0).all() for c in curves)
   most = max(60, min(400, POINTS // len(curves)))
   lines = []
   for curve in curves:
@@ -65,8 +67,8 @@ def figure(
     lines,
     f'{place}/{title}',
     x_label=x_label,
-    log_x=log[0],
-    log_y=bool(log_y),
+    log_x=log_x,
+    log_y=log_y,
     marks=marks,
   )
   legend = [

@@ -124,16 +124,19 @@ def curves(
 ) -> np.ndarray:
   """A plot u8[H, W, 3] of columns `ys` of a table against column `x`, on log axes.
 
-  Values that are not positive leave gaps in the lines.
+  Values that are not positive leave gaps in the lines. If no value is positive, the
+  vertical axis is linear.
   """
   figure = _figure(6, 4)
   axes = figure.add_subplot()
+  log_y = any(row[y] > 0 for row in rows for y in ys)
   for y in ys:
-    shown = [row[y] if row[y] > 0 else math.nan for row in rows]
+    shown = [row[y] if row[y] > 0 or not log_y else math.nan for row in rows]
     axes.plot([row[x] for row in rows], shown, '.-', label=y)
   if log_x:
     axes.set_xscale('log')
-  axes.set_yscale('log')
+  if log_y:
+    axes.set_yscale('log')
   axes.set_xlabel(x)
   axes.grid(alpha=0.3)
   axes.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=len(ys), frameon=False)

@@ -39,8 +39,9 @@ def newest_rows(run: Contents) -> list[dict[str, Any]]:
   for document in run.evaluations:
     with contextlib.suppress(Exception):  # its own table names what is damaged
       for row in evaluation_rows(document):
-        count = {'step': document.value['step'], 'evaluations': int(row['evaluations'])}
-        rows.setdefault(str(row['sampler']), count | row)
+        name, step = str(row['sampler']), document.value['step']
+        row['evaluations'] = int(row['evaluations'])
+        rows.setdefault(name, {'sampler': name, 'step': step} | row)
   for row in in_training(run):
     rows.setdefault(row['sampler'], row)
   return sorted(rows.values(), key=lambda row: row['evaluations'])
@@ -52,7 +53,7 @@ def in_training(run: Contents) -> list[dict[str, Any]]:
   for key, series in run.metrics.series.items():
     sampler, slash, metric = key.partition('/')
     if slash:
-      first = {'step': int(series.steps[-1]), 'sampler': sampler, 'evaluations': 0}
+      first = {'sampler': sampler, 'step': int(series.steps[-1]), 'evaluations': 0}
       rows.setdefault(sampler, first)[metric] = float(series.values[-1])
   return list(rows.values())
 

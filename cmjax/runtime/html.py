@@ -189,11 +189,12 @@ nav { display: flex; flex-wrap: wrap; gap: 2px 18px; margin: 14px 0 0 }
 .error { border-left: 3px solid var(--bad); padding: 2px 0 2px 12px }
 .tiles { display: grid; gap: 1px; margin: 20px 0 0; background: var(--line);
   border: 1px solid var(--line); border-radius: 8px; overflow: hidden;
-  grid-template-columns: repeat(auto-fit, minmax(140px, 1fr)) }
+  grid-template-columns: repeat(auto-fit, minmax(158px, 1fr)) }
 .tiles > div { background: var(--bg); padding: 10px 14px }
 .tiles b { display: block; font-size: 18px; font-weight: 600; line-height: 1.3;
   font-variant-numeric: tabular-nums; overflow-wrap: anywhere }
-.tiles span { color: var(--dim); font-size: 12.5px }
+.tiles span { color: var(--dim); font-size: 12.5px; line-height: 1.3;
+  display: block; overflow-wrap: anywhere }
 dl { margin: 0; display: grid; gap: 0 32px;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)) }
 dl > div { display: grid; grid-template-columns: 116px 1fr; gap: 12px;
