@@ -618,7 +618,7 @@ def test_a_report_needs_no_device(run):
 # After training ----------------------------------------------------------------------
 
 TINY = [
-  '--config=edm:digits',
+  '--config=ct:digits',
   '--config.network.width=16',
   '--config.network.num_blocks=1',
   '--config.network.embedding=8',
@@ -626,7 +626,7 @@ TINY = [
   '--config.total_images=32',
   '--config.evaluation.num_pictured=16',
   '--config.every.log_steps=1',
-  '--config.every.picture_steps=2',
+  '--config.every.picture_steps=4',
   '--config.every.checkpoint_steps=2',
 ]
 
@@ -639,7 +639,7 @@ def test_training_leaves_a_report_also_if_it_resumes_or_the_page_fails(
   assert f'report: {tmp_path}/report.html' in capsys.readouterr().out
   page = check(tmp_path / 'report.html')
   assert 'finished · 4 of 4 steps' in page.text
-  assert 'Closest to edm:digits' in page.text
+  assert 'Closest to ct:digits' in page.text
   assert len([i for i in page.all('img') if i['alt'] == 'data']) == 1
   assert (tmp_path / 'pictures' / 'data.png').is_file()
 
