@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     flags = parsed(sys.argv[1:] if argv is None else list(argv))
     mode = importlib.import_module(f'cmjax.modes.{flags.mode}')
-    if flags.mode != 'configs':
+    if flags.mode not in ('configs', 'report'):  # which need no devices
       _start(flags)
     if names_code(flags):
       from cmjax.runtime import functions

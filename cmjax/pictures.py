@@ -81,6 +81,14 @@ def samples(source: Source, x: np.ndarray, columns: int = 20) -> np.ndarray:
   return grid(as_uint8(source, x), columns)
 
 
+def data(source: Source, num_examples: int, columns: int = 20) -> np.ndarray:
+  """A picture u8[H, W, 3] of the first examples, as `samples` shows samples."""
+  x = as_x0(source, source.examples[:num_examples])
+  if len(source.shape) == 1:
+    return scatter(x[:0, :2], x[:, :2])
+  return grid(as_uint8(source, x), columns)
+
+
 def grid(images: np.ndarray, columns: int, cell: int = 48) -> np.ndarray:
   """A grid u8[H', W', 3] of images u8[N, H, W, C], filled row by row.
 
@@ -104,7 +112,8 @@ def scatter(points: np.ndarray, data: np.ndarray | None = None) -> np.ndarray:
   axes = figure.add_subplot()
   if data is not None:
     axes.plot(*data.T, '.', color='0.8', markersize=2, label='data')
-  axes.plot(*points.T, '.', color='C0', markersize=2, label='samples')
+  if len(points):
+    axes.plot(*points.T, '.', color='C0', markersize=2, label='samples')
   axes.set_aspect('equal')
   axes.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=2, markerscale=5)
   return _rendered(figure)
@@ -115,16 +124,19 @@ def curves(
 ) -> np.ndarray:
   """A plot u8[H, W, 3] of columns `ys` of a table against column `x`, on log axes.
 
-  Values that are not positive leave gaps in the lines.
+  Values that are not positive leave gaps in the lines. If no value is positive, the
+  vertical axis is linear.
   """
   figure = _figure(6, 4)
   axes = figure.add_subplot()
+  log_y = any(row[y] > 0 for row in rows for y in ys)
   for y in ys:
-    shown = [row[y] if row[y] > 0 else math.nan for row in rows]
+    shown = [row[y] if row[y] > 0 or not log_y else math.nan for row in rows]
     axes.plot([row[x] for row in rows], shown, '.-', label=y)
   if log_x:
     axes.set_xscale('log')
-  axes.set_yscale('log')
+  if log_y:
+    axes.set_yscale('log')
   axes.set_xlabel(x)
   axes.grid(alpha=0.3)
   axes.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=len(ys), frameon=False)

@@ -14,7 +14,7 @@ from cmjax.core import (
   Params,
   TrainState,
 )
-from cmjax.runtime import checkpoint, logs, preemption, sharding, watchdog
+from cmjax.runtime import checkpoint, logs, preemption, provenance, sharding, watchdog
 from cmjax.runtime.batches import batch
 from cmjax.runtime.config_json import to_json
 from cmjax.runtime.lock import lock
@@ -29,7 +29,7 @@ from cmjax.runtime.state import (
   weights,
 )
 from cmjax.runtime.window import Window, check_learned, check_skipped
-from cmjax.runtime.workdir import caught_up, check_claim, mark_caught_up, write_config
+from cmjax.runtime.workdir import check_claim, write_config
 from cmjax.train_step import make_train_step
 
 AHEAD = 8  # steps that may be dispatched before they are finished
@@ -80,9 +80,10 @@ def train(
 ) -> TrainState:
   """Trains to the last step, from the newest intact checkpoint if there is one.
 
-  Writes `config.json`, `metrics.jsonl`, `tensorboard/`, `pictures/`, `checkpoints/` and
-  `snapshots/` into the work directory. After a SIGTERM, saves the current step and
-  returns its state; unfinished hooks are repeated when the run resumes.
+  Writes `config.json`, `starts.jsonl`, `metrics.jsonl`, `tensorboard/`, `pictures/`,
+  `checkpoints/` and `snapshots/` into the work directory. After a SIGTERM, saves the
+  current step and returns its state; unfinished hooks are repeated when the run
+  resumes.
 
   Raises: UserError if the directory holds another run or is in use, or `init_from` is
     refused; FloatingPointError after `config.max_skipped_steps` skipped steps, or at
@@ -102,10 +103,11 @@ def train(
     state, meta = checkpoints.restore(abstract_state(run), logs.say) or (first, {})
     state = cast(TrainState, state)  # `first` is None only if there are checkpoints
     start = int(state.step)
-    if caught_up(folder) == start:  # its hooks ran after the checkpoint was saved
+    if provenance.caught_up(folder) == start:  # hooks ran after the checkpoint
       meta = meta | {'due': []}
     logs.say(_summary(run, start))
     with (
+      provenance.recorded(folder, start, _facts(run)),
       contextlib.closing(checkpoints),
       contextlib.closing(Snapshots(folder, run.config)) as snapshots,
       contextlib.closing(logs.RunLog(folder, jax.process_index() == 0, start)) as log,
@@ -116,7 +118,7 @@ def train(
       services = _Services(checkpoints, snapshots, log, progress, notice, watch)
       state, finished = _loop(run, state, meta, hooks or {}, services)
     if finished and jax.process_index() == 0:
-      mark_caught_up(folder, int(state.step))
+      provenance.mark_caught_up(folder, int(state.step))
     if finished:
       logs.say(f'done: {workdir}')
   return state
@@ -235,10 +237,19 @@ def _loop(
   return state, True
 
 
+def _facts(run: Run) -> dict[str, Any]:
+  return {
+    'data': run.source.name,
+    'examples': len(run.source.examples),
+    'parameters': sum(a.size for a in jax.tree.leaves(run.abstract_params())),
+  }
+
+
 def _summary(run: Run, start: int) -> str:
-  size = sum(a.size for a in jax.tree.leaves(run.abstract_params()))
+  facts = _facts(run)
   return (
-    f'{run.source.name}: {len(run.source.examples):,} examples; {size:,} parameters; '
+    f'{facts["data"]}: {facts["examples"]:,} examples; '
+    f'{facts["parameters"]:,} parameters; '
     f'{run.total_steps:,} steps of {run.config.batch_size} on {run.mesh.size} '
     f'{jax.devices()[0].platform} device(s); '
     + (f'resumes from step {start:,}' if start else 'starts')

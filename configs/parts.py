@@ -9,6 +9,11 @@ from cmjax.core import UserError
 REQUIRED = '?'  # must be given: --config.KEY=VALUE
 # The data sets that every config takes: --config=OBJECTIVE:DATA.
 DATA = ('toy2d', 'digits', 'cifar10')
+# And those that one config takes as well.
+MORE_DATA = {
+  'ect': ('cifar10_1h', 'imagenet64', 'imagenet64_xl'),
+  'stable_ct': ('toy2d_phased', 'digits_phased', 'cifar10_phased'),
+}
 
 
 Config = Any  # a ConfigDict; type checkers do not know the types of its values

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Trains an EDM teacher and an ECT student on real digits, samples, evaluates, and prints
-# the table and the pictures. Needs Python >= 3.11; about three minutes on two cores.
+# the table, the pictures, and last the page that shows both runs, to open in a browser.
+# Needs Python >= 3.11; about three minutes on two cores.
 # Usage: launch/quickstart.sh [FOLDER]   (default: runs/quickstart in the checkout)
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -17,6 +18,7 @@ cmjax --config=ect:digits --workdir="$out/student" \
 for model in teacher student; do
   cmjax --workdir="$out/$model" --mode=sample
   cmjax --workdir="$out/$model" --mode=evaluate
+  cmjax --workdir="$out/$model" --mode=report
 done
 
 echo "Finished in $((SECONDS - start)) s after installation."
@@ -32,3 +34,4 @@ echo
 for model in teacher student; do
   ls -t "$out/$model"/samples/*/all.png | head -n 1
 done
+cmjax --mode=report "$out/teacher" "$out/student" --to="$out/report.html"

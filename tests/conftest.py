@@ -41,6 +41,7 @@ SLOW = (
   *(
     'test_snapshots.py',
     'test_pod.py',
+    'test_report.py',
     'test_studies.py',
     'test_train.py',
     'test_trust.py',

@@ -27,6 +27,7 @@ FLOORS = {
     'sampling',
     'data_features',
     'evaluation',
+    *('figures', 'report_sections', 'report_results', 'report', 'comparison'),
     'edit_requests',
     'modes.*',
   ],
@@ -43,8 +44,8 @@ DOORS = {
   'clu': ['runtime.logs'],
   'tensorboardX': ['runtime.logs'],
   'tqdm': ['runtime.logs'],
-  'matplotlib': ['pictures'],
-  'PIL': ['runtime.results', 'data.files', 'pictures'],
+  'matplotlib': ['pictures', 'runtime.svg'],
+  'PIL': ['runtime.results', 'runtime.embed', 'data.files', 'pictures'],
   'IPython': ['pictures'],
   'sklearn': ['data.digits', 'metrics.pixels'],
   'optax': [
@@ -70,7 +71,7 @@ BANNED = {
     *('train', 'sampling', 'evaluation', 'modes.*', 'studies.*', 'runtime.state'),
     *('runtime.classifier', 'data_features'),
   ],
-  r'\bprint\(': ['runtime.logs', 'runtime.errors', 'modes.configs'],
+  r'\bprint\(': ['runtime.logs', 'runtime.errors', 'modes.configs', 'modes.report'],
   r'\b(run as runs|config as configs|workdir as workdirs|process as processes)\b': [],
 }
 MAX_LINES = 300

@@ -8,6 +8,7 @@ from PIL import Image
 import pytest
 
 from cmjax import pictures
+from cmjax.data.source import image_source
 
 WHITE = 255
 BLUE = (0x1F, 0x77, 0xB4)  # matplotlib's first colour, C0
@@ -78,6 +79,21 @@ def test_a_sheet_has_its_panels_one_below_the_other():
   # Pixels stay square: twice as wide as high, and as wide as high; edges are soft.
   assert (right - left) / (bottom - top) == pytest.approx(2, rel=0.02)
   assert (right2 - left2) / (bottom2 - top2) == pytest.approx(1, rel=0.02)
+
+
+def test_curves_without_a_positive_value_are_drawn_too():
+  rows = [{'t': t, 'y': -t} for t in (1.0, 10.0)]
+  picture = pictures.curves(rows, 't', ('y',))
+  blue = np.all(np.abs(picture.astype(int) - [31, 119, 180]) < 30, axis=-1)
+  assert np.sum(np.any(blue[100:], axis=0)) > 300  # a line from left to right
+
+
+def test_the_picture_of_points_shows_the_data_alone():
+  examples = np.array([[-1.0, -1.0], [1.0, 1.0]], np.float32)
+  source = image_source('points', examples, None, 0, False)
+  grey = np.all(pictures.data(source, 2) == 204, axis=-1)  # '0.8'
+  assert grey.any()
+  np.testing.assert_array_equal(pictures.data(source, 2), pictures.data(source, 9))
 
 
 def test_curves_leave_a_gap_at_values_that_a_log_axis_cannot_show():

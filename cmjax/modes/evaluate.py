@@ -19,8 +19,12 @@ UNFINISHED = 'evaluation.unfinished'  # folder of the features of finished batch
 def log_pictures(
   run: Run, params: Params, step: int, log: logs.RunLog, check: Check
 ) -> None:
-  """A training hook: one picture per sampler, always of the same noise and labels."""
+  """A training hook: one picture per sampler, always of the same noise and labels.
+
+  The first time also one of as many examples of the data.
+  """
   settings = run.config.evaluation
+  log.picture_once('data', lambda: pictures.data(run.source, settings.num_pictured))
   for name, sampler in run.samplers.items():
     drawn = draw(
       run,

@@ -23,7 +23,7 @@ def run(flags: argparse.Namespace) -> None:
     function(parts[name].fn, f'config.studies.{name}.fn', Study)
   folder = unused(beside(opened) / 'studies' / f'step_{opened.step:08d}')
   subject = subject_of(opened)
-  pages, tables = [f'# {opened.source.name}, step {opened.step:,}'], {}
+  pages, tables, about = [f'# {opened.source.name}, step {opened.step:,}'], {}, {}
   for name in parts:
     logs.say(f'{name} ...')
     study = build.build(parts[name], f'config.studies.{name}', Study, subject=subject)
@@ -31,9 +31,10 @@ def run(flags: argparse.Namespace) -> None:
     results.write_png(folder / f'{name}.png', plot)
     pages.append(_page(name, study))
     tables[name] = study.rows
+    about[name] = {k: v for k, v in study._asdict().items() if k != 'rows'}
   text = '\n\n'.join(pages) + '\n'
   results.write_text(folder / 'study.md', text)
-  results.write_json(folder / 'study.json', facts(opened, studies=tables))
+  results.write_json(folder / 'study.json', facts(opened, studies=tables, about=about))
   logs.say(f'{text}\n{folder}/study.md, study.json and one plot per table')
 
 

@@ -1,11 +1,15 @@
 """`--mode=train`: trains from the first step, or the last checkpoint, to the end."""
 
 import argparse
+from pathlib import Path
 
-from cmjax import train
+import jax
+
+from cmjax import report, train
+from cmjax.core import UserError, first_line
 from cmjax.evaluation import build_metrics
 from cmjax.modes import evaluate
-from cmjax.runtime import workdir
+from cmjax.runtime import logs, workdir
 from cmjax.runtime.config_record import require
 from cmjax.runtime.run import prepare
 
@@ -20,4 +24,25 @@ def run(flags: argparse.Namespace) -> None:
   hooks = {'picture': evaluate.log_pictures}
   if config.every.evaluate_steps:
     hooks['evaluate'] = evaluate.table_logger(build_metrics(prepared), folder)
-  train.train(prepared, folder, hooks)
+  try:
+    train.train(prepared, folder, hooks)
+  except UserError:
+    raise  # a refusal, possibly of a folder in which another process trains
+  except Exception:
+    write_report(folder)
+    raise
+  write_report(folder)
+
+
+def write_report(folder: Path) -> None:
+  """Writes the report of a run from the first process; a failure is only reported."""
+  if jax.process_index() != 0:
+    return
+  try:
+    path = report.write(folder)
+  except Exception as error:  # of any kind: the run itself is complete
+    logs.say(f'no report: {first_line(error)} ({type(error).__name__})')
+    return
+  if path.name != report.NAME:
+    logs.say(f'{folder / report.NAME} is not a report of cmjax, and was left as it is')
+  logs.say(f'report: {path}')

@@ -2,6 +2,8 @@
 
 import ast
 from collections.abc import Iterable
+import contextlib
+import functools
 from importlib import resources
 import importlib.util
 from pathlib import Path
@@ -10,7 +12,14 @@ from typing import Any
 from cmjax.core import UserError
 from cmjax.runtime.build import hint
 from cmjax.runtime.config_json import read_json, with_names_of_today
-from cmjax.runtime.config_record import Config, ConfigDict, checked, completed
+from cmjax.runtime.config_record import (
+  Config,
+  ConfigDict,
+  checked,
+  completed,
+  data_of,
+  differences,
+)
 from cmjax.runtime.errors import user_errors
 from cmjax.runtime.functions import allow_imports_from
 from cmjax.runtime.overrides import override, set_value
@@ -49,6 +58,26 @@ def load(name: str | Path, /, *, trust: Iterable[str] = (), **overrides: Any) ->
   for key, value in overrides.items():
     set_value(config, key, value)
   return checked(config)
+
+
+def closest(config: ConfigDict | Config) -> tuple[str, ConfigDict]:
+  """The config that ships with the fewest differences: its `NAME:DATA`, and itself.
+
+  Configs that do not load are left out.
+  """
+  candidates = _all_shipped()
+  best = min(candidates, key=lambda name: len(differences(candidates[name], config)))
+  return best, read(best)
+
+
+@functools.cache
+def _all_shipped() -> dict[str, Config]:
+  names = [f'{name}:{data}' for name in shipped() for data in data_of(name)]
+  configs = {}
+  for name in names:
+    with contextlib.suppress(UserError):
+      configs[name] = checked(read(name))
+  return configs
 
 
 def overridden(config: ConfigDict, overrides: Iterable[tuple[str, str]]) -> Config:

@@ -208,13 +208,21 @@ def require(config: Config) -> None:
 
   A `teacher` alone is enough where `init_from` is a reference to it.
   """
-  missing = [
-    path for path, value in _leaves(config.to_dict(), 'config') if value == REQUIRED
-  ]
+  missing = [path for path, value in flat(config).items() if value == REQUIRED]
   if 'config.teacher' in missing and 'config.init_from' in missing:
     missing.remove('config.init_from')  # it refers to the teacher
   if missing:
     raise UserError(f'{", ".join(missing)}: must be given, as in --{missing[0]}=VALUE')
+
+
+def data_of(name: str) -> tuple[str, ...]:
+  """The data sets that a config that ships takes, as in `NAME:DATA`."""
+  return parts.DATA + parts.MORE_DATA.get(name, ())
+
+
+def flat(config: ConfigDict | Config) -> dict[str, Any]:
+  """The values of a config by dotted path, such as `config.batch_size`."""
+  return dict(_leaves(config.to_dict(), 'config'))
 
 
 def _leaves(config: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any]]:
@@ -227,7 +235,7 @@ def _leaves(config: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any]]:
 
 def differences(old: ConfigDict | Config, new: ConfigDict | Config) -> dict[str, str]:
   """What differs, by dotted path: {'config.batch_size': '256 -> 128'}."""
-  a, b = (dict(_leaves(config.to_dict(), 'config')) for config in (old, new))
+  a, b = flat(old), flat(new)
   absent = 'absent'
   return {
     key: f'{a.get(key, absent)} -> {b.get(key, absent)}'

@@ -15,6 +15,7 @@ MODES = {  # one line each, for --help
   'evaluate': 'draw samples and compute every metric, as a table',
   'search': 'find the noise levels, or a number, of a sampler that measure best',
   'study': 'measure the weights at each sigma, as tables and plots',
+  'report': 'write the page report.html of a run, or of RUN RUN ... side by side',
   'bench': 'time the training step, its parts and its data',
   'port': 'write weights as a checkpoint or a safetensors file',
   'compile': 'compile the training step for the TPUs of --topology',
@@ -47,6 +48,8 @@ class _Parser(argparse.ArgumentParser):
 def parsed(argv: list[str]) -> argparse.Namespace:
   """The flags, with each `--config.KEY=VALUE` as a pair in `overrides`.
 
+  Words that are no flags are in `runs`, with --mode=report alone.
+
   Raises: FlagError for an unknown flag, or a missing value or one of the wrong type.
   """
   plain, overrides = [], []
@@ -62,7 +65,11 @@ def parsed(argv: list[str]) -> argparse.Namespace:
       plain.append(word)
   parser, names = _parser()
   flags, rest = parser.parse_known_args(plain)
+  flags.runs = []
   for word in rest:
+    if flags.mode == 'report' and not word.startswith('-'):
+      flags.runs.append(word)
+      continue
     if not word.startswith('-'):
       raise FlagError(f'unexpected {word!r}; flags look like --workdir=DIR')
     name = word.partition('=')[0]
@@ -124,7 +131,11 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
   text('second', 'FILE', 'with --edit=interpolate: the last image')
   text('denoiser', 'PATH', 'of --edit=interpolate, reconstruct: a diffusion model')
   text('from', 'PATH', 'with --mode=port: a run, a checkpoint or a released file')
-  text('to', 'PATH', 'with --mode=port: a new folder, or FILE.safetensors')
+  text(
+    'to',
+    'PATH',
+    'with --mode=port: a new folder, or FILE.safetensors; report: FILE.html',
+  )
   text('form', 'FORM', 'kind of an OpenAI checkpoint: denoiser or consistency')
   add('distributed', action='store_true', help='join a job on a TPU pod, GKE or Slurm')
   text('coordinator', 'HOST:PORT', 'address of process 0, where it is not detected')

@@ -55,6 +55,24 @@ def lock(workdir: Path) -> Iterator[None]:
       _write_owner(file, None)  # removing the file could free another's lock
 
 
+def trained_by(workdir: Path) -> str | None:
+  """The process that trains in a work directory, as far as can be seen, or None."""
+  try:
+    with (workdir / '.lock').open('rb') as file:
+      owner = _owner(file)
+      age_s = time.time() - os.fstat(file.fileno()).st_mtime
+  except OSError:
+    return None
+  if owner is None:
+    return None
+  if owner['host'] == socket.gethostname():
+    if not Path('/proc', str(owner['process'])).exists() and Path('/proc/1').exists():
+      return None
+  elif age_s > PATIENCE_S:
+    return None
+  return f'process {owner["process"]} on host {owner["host"]}'
+
+
 def _locked(file: IO[bytes]) -> bool | None:
   """Whether the lock was taken; None if the file system has no locks."""
   try:

@@ -3,7 +3,7 @@
 Libraries that are slow to import are imported where they are used.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import json
 import math
 from pathlib import Path
@@ -63,6 +63,12 @@ class RunLog:
       return
     results.write_png(self._workdir / 'pictures' / f'{name}_{step:08d}.png', image)
     self._events.add_image(name, image, step, dataformats='HWC')
+
+  def picture_once(self, name: str, image: Callable[[], np.ndarray]) -> None:
+    """Writes u8[H, W, 3] to `pictures/NAME.png`, unless it exists."""
+    path = self._workdir / 'pictures' / f'{name}.png'
+    if self._primary and not path.exists():
+      results.write_png(path, image())
 
   def close(self) -> None:
     """Flushes and closes the files."""

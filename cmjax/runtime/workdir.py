@@ -105,19 +105,3 @@ def write_config(workdir: Path, config: Config) -> None:
     new.replace(workdir / 'config.json')  # atomic: a kill leaves one of the two
   except OSError as error:
     raise UserError(f'--workdir: cannot write {workdir} ({error.strerror})') from error
-
-
-def caught_up(workdir: Path) -> int | None:
-  """The last step of a run whose last pictures and evaluations are done, or None."""
-  try:
-    return int((workdir / '.ended').read_text(encoding='ascii'))
-  except (OSError, ValueError):
-    return None
-
-
-def mark_caught_up(workdir: Path, step: int) -> None:
-  """Writes what `caught_up` reads; a saved checkpoint cannot be changed to hold it."""
-  new = workdir / '.ended.new'
-  new.unlink(missing_ok=True)
-  new.write_text(str(step), encoding='ascii')
-  new.replace(workdir / '.ended')

@@ -1,0 +1,29 @@
+"""`--mode=report`: the page of a run, or of several runs side by side."""
+
+import argparse
+from pathlib import Path
+
+from cmjax import comparison, report
+from cmjax.core import UserError, unused
+from cmjax.runtime.contents import check_run
+
+
+def run(flags: argparse.Namespace) -> None:
+  """Writes RUN/report.html; for several runs one page, by default in this folder."""
+  names = list(filter(None, [flags.workdir, *flags.runs]))
+  if not names:
+    raise UserError('--mode=report: give --workdir=RUN, or --mode=report RUN RUN ...')
+  folders = [Path(name) for name in names]
+  for folder in folders:
+    check_run(folder)
+  if flags.to and Path(flags.to).suffix != '.html':
+    raise UserError(f'--to={flags.to}: the name of a report ends with .html')
+  if len(folders) == 1:
+    path = Path(flags.to) if flags.to else folders[0] / report.NAME
+    written = report.write(folders[0], path)
+  else:
+    path = Path(flags.to) if flags.to else unused(Path('report'), '.html')
+    written = comparison.write(folders, path)
+  if written != path:
+    print(f'{path} is not a report of cmjax, and was left as it is')
+  print(written)
