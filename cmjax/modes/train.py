@@ -7,6 +7,7 @@ from cmjax.evaluation import build_metrics
 from cmjax.modes import evaluate
 from cmjax.runtime import workdir
 from cmjax.runtime.config_record import require
+from cmjax.runtime.profile import Span
 from cmjax.runtime.run import prepare
 
 
@@ -20,4 +21,4 @@ def run(flags: argparse.Namespace) -> None:
   hooks = {'picture': evaluate.log_pictures}
   if config.every.evaluate_steps:
     hooks['evaluate'] = evaluate.table_logger(build_metrics(prepared), folder)
-  train.train(prepared, folder, hooks)
+  train.train(prepared, folder, hooks, flags.profile and Span(*flags.profile))
