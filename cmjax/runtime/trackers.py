@@ -7,6 +7,7 @@ A tracker receives the rows and the pictures of a run beside `metrics.jsonl` and
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import json
+import logging
 import os
 from pathlib import Path
 import re
@@ -93,7 +94,11 @@ def wandb(
     init_timeout=INIT_S,
     finish_timeout=FINISH_S,
   )
-  environment = dict(WANDB_SILENT='true', WANDB_CACHE_DIR=str(workdir / 'wandb/cache'))
+  environment = dict(
+    WANDB_SILENT='true',
+    WANDB_CACHE_DIR=str(workdir / 'wandb' / 'cache'),
+    WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL='1',  # s; what a kill may lose
+  )
   if mode == 'offline':
     environment['WANDB_ERROR_REPORTING'] = 'false'  # does not contact Sentry
   ids = _Ids(workdir / 'trackers' / 'wandb.json', f'{entity}/{project}')
@@ -116,8 +121,8 @@ def wandb(
       )
     except Exception as error:  # wandb raises errors of many types
       raise ValueError(
-        f'W&B does not start ({first_line(error)}); run `wandb login`, or give '
-        "mode='offline' and upload later with `wandb sync`"
+        "W&B does not start; run `wandb login`, or give mode='offline' and upload "
+        f'later with `wandb sync` ({first_line(error)})'
       ) from error
   # Rows of W&B have increasing numbers. Those of repeated steps would be refused, so
   # that the step is a value of its own, and the axis of all others.
@@ -168,6 +173,7 @@ def mlflow(
   # A server that does not answer must not stop training for an hour.
   os.environ.setdefault('MLFLOW_HTTP_REQUEST_TIMEOUT', '10')
   os.environ.setdefault('MLFLOW_HTTP_REQUEST_MAX_RETRIES', '2')
+  logging.getLogger('urllib3.connectionpool').setLevel(logging.ERROR)  # of retries
   from mlflow import entities, tracking  # pyright: ignore[reportMissingImports]
 
   uri = tracking_uri or (workdir / 'mlruns').resolve().as_uri()
@@ -191,8 +197,8 @@ def mlflow(
         client.log_batch(run_id, params=params[i : i + 100])
   except Exception as error:  # of the store, the network or the disk
     raise ValueError(
-      f'MLflow does not start ({first_line(error)}); without tracking_uri, it writes '
-      'files into the work directory'
+      'MLflow does not start; without tracking_uri, it writes files into the work '
+      f'directory ({first_line(error)})'
     ) from error
   return _MLflow(client, run_id, entities.Metric)
 
