@@ -18,6 +18,10 @@ from tests.test_main import SMALL
 from tests.test_train import assert_equal_states, small
 
 
+# Of `ProfileData` in jaxlib.
+quietly = pytest.mark.filterwarnings('ignore:builtin type event_stats')
+
+
 def steps_of(workdir):
   """The steps that the trace of a run names, for Perfetto and for TensorBoard."""
   (path,) = glob.glob(f'{workdir}/tensorboard/plugins/profile/*/perfetto_trace.json.gz')
@@ -36,6 +40,7 @@ def steps_of(workdir):
   return sorted(of_perfetto)
 
 
+@quietly
 def test_a_trace_has_its_steps_and_changes_nothing(tmp_path, one_device, capsys):
   seen = []
 
@@ -52,6 +57,7 @@ def test_a_trace_has_its_steps_and_changes_nothing(tmp_path, one_device, capsys)
   assert_equal_states(straight, traced)
 
 
+@quietly
 def test_a_trace_that_is_cut_short_is_written(tmp_path, one_device):
   def fall(run, params, step, log, check):
     if step == 4:
