@@ -17,7 +17,6 @@ from cmjax.runtime.run import prepare
 from tests.test_main import SMALL
 from tests.test_train import assert_equal_states, small
 
-
 # Of `ProfileData` in jaxlib.
 quietly = pytest.mark.filterwarnings('ignore:builtin type event_stats')
 
