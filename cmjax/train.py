@@ -14,7 +14,16 @@ from cmjax.core import (
   Params,
   TrainState,
 )
-from cmjax.runtime import checkpoint, logs, preemption, provenance, sharding, watchdog
+from cmjax.runtime import (
+  checkpoint,
+  logs,
+  preemption,
+  profile,
+  provenance,
+  sharding,
+  tracking,
+  watchdog,
+)
 from cmjax.runtime.batches import batch
 from cmjax.runtime.config_json import to_json
 from cmjax.runtime.lock import lock
@@ -76,22 +85,27 @@ def compiled_step(run: Run) -> jax.stages.Wrapped:
 
 
 def train(
-  run: Run, workdir: str | Path, hooks: Mapping[str, Hook] | None = None
+  run: Run,
+  workdir: str | Path,
+  hooks: Mapping[str, Hook] | None = None,
+  span: profile.Span | None = None,
 ) -> TrainState:
   """Trains to the last step, from the newest intact checkpoint if there is one.
 
-  Writes `config.json`, `starts.jsonl`, `metrics.jsonl`, `tensorboard/`, `pictures/`,
-  `checkpoints/` and `snapshots/` into the work directory. After a SIGTERM, saves the
-  current step and returns its state; unfinished hooks are repeated when the run
-  resumes.
+  Writes `config.json`, `starts.jsonl`, `metrics.jsonl`, `pictures/`, `checkpoints/`,
+  `snapshots/` and what trackers write into the work directory, and a trace of the steps
+  of `span`. After a SIGTERM, saves the current step and returns its state; unfinished
+  hooks are repeated when the run resumes.
 
-  Raises: UserError if the directory holds another run or is in use, or `init_from` is
-    refused; FloatingPointError after `config.max_skipped_steps` skipped steps, or at
+  Raises: UserError if the directory holds another run or is in use, `init_from` is
+    refused, a tracker does not start, or a step of `span` is not trained;
+    FloatingPointError after `config.max_skipped_steps` skipped steps, or at
     the end if all steps were skipped or the loss diverged.
   """
   folder = Path(workdir)
   sharding.check_same({'config': to_json(run.config)})
   check_claim(folder, run.config)
+  profile.check(span, 0, run.total_steps)
   check_memory(run)
   # Before the folder is created, since `first_state` may raise.
   first = None if checkpoint.any_in(folder) else first_state(run)
@@ -103,19 +117,24 @@ def train(
     state, meta = checkpoints.restore(abstract_state(run), logs.say) or (first, {})
     state = cast(TrainState, state)  # `first` is None only if there are checkpoints
     start = int(state.step)
+    profile.check(span, start, run.total_steps)
     if provenance.caught_up(folder) == start:  # hooks ran after the checkpoint
       meta = meta | {'due': []}
     logs.say(_summary(run, start))
+    primary = jax.process_index() == 0
+    trackers = tracking.Trackers(run.config, folder, start)
     with (
       provenance.recorded(folder, start, _facts(run)),
       contextlib.closing(checkpoints),
+      sharding.on_process_0(trackers.running()),
       contextlib.closing(Snapshots(folder, run.config)) as snapshots,
-      contextlib.closing(logs.RunLog(folder, jax.process_index() == 0, start)) as log,
+      contextlib.closing(logs.RunLog(folder, primary, start, trackers.log)) as log,
       contextlib.closing(logs.Progress(start, run.total_steps)) as progress,
       preemption.Notice() as notice,
       contextlib.closing(watchdog.Watchdog()) as watch,
+      contextlib.closing(profile.Trace(folder, span)) as trace,
     ):
-      services = _Services(checkpoints, snapshots, log, progress, notice, watch)
+      services = _Services(checkpoints, snapshots, log, progress, notice, watch, trace)
       state, finished = _loop(run, state, meta, hooks or {}, services)
     if finished and jax.process_index() == 0:
       provenance.mark_caught_up(folder, int(state.step))
@@ -156,6 +175,7 @@ class _Services(NamedTuple):
   progress: logs.Progress
   notice: preemption.Notice
   watch: watchdog.Watchdog
+  trace: profile.Trace
 
 
 def _loop(
@@ -166,7 +186,7 @@ def _loop(
   services: _Services,
 ) -> tuple[TrainState, bool]:
   """The last state and True; after a preemption notice, the saved state and False."""
-  checkpoints, snapshots, log, progress, notice, watch = services
+  checkpoints, snapshots, log, progress, notice, watch, trace = services
   every, start, total = run.config.every, int(first.step), run.total_steps
   state, window = first, Window(meta.get('window'))
   losses: list[float] = []  # one mean per window
@@ -181,6 +201,11 @@ def _loop(
     save(due)
     logs.say(f'preempted: saved step {step}; repeat the command to resume')
     return state, False
+
+  def interrupt() -> None:
+    """Excludes what follows from reports of hangs, and earlier time from the speed."""
+    watch.pause()
+    window.restart_clock()
 
   def run_hooks(step: int, names: list[str]) -> list[str]:
     """Returns the names of the hooks that are still due after a preemption notice."""
@@ -201,8 +226,9 @@ def _loop(
   if start < total:
     logs.say('compiling the training step ...')
   start_s = time.monotonic()
-  for step, state, metrics in steps(run, first):
+  for step, state, metrics in trace.around(steps(run, first), start, interrupt):
     window.add(metrics)
+    trace.end(step, metrics, interrupt)
     progress.advance()
     if step == start + 1:
       jax.block_until_ready(metrics)

@@ -107,6 +107,7 @@ def base() -> Config:
       samplers={},
       metrics={},
       studies={},
+      trackers=dict(tensorboard=dict(fn='cmjax.runtime.trackers:tensorboard')),
       evaluation=dict(
         num_samples=10_000,
         batch_size=512,

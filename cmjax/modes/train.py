@@ -11,6 +11,7 @@ from cmjax.evaluation import build_metrics
 from cmjax.modes import evaluate
 from cmjax.runtime import logs, workdir
 from cmjax.runtime.config_record import require
+from cmjax.runtime.profile import Span
 from cmjax.runtime.run import prepare
 
 
@@ -25,7 +26,7 @@ def run(flags: argparse.Namespace) -> None:
   if config.every.evaluate_steps:
     hooks['evaluate'] = evaluate.table_logger(build_metrics(prepared), folder)
   try:
-    train.train(prepared, folder, hooks)
+    train.train(prepared, folder, hooks, flags.profile and Span(*flags.profile))
   except UserError:
     raise  # a refusal, possibly of a folder in which another process trains
   except Exception:

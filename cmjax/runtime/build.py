@@ -8,9 +8,10 @@ another kind raises UserError.
 
 from collections.abc import Callable, Iterable, Sequence
 import difflib
+import functools
 import math
 import typing
-from typing import Any, TypeGuard, cast
+from typing import Any, Literal, TypeGuard, cast
 
 from ml_collections import ConfigDict
 
@@ -44,6 +45,17 @@ def build(spec: ConfigDict, where: str, kind: Any = None, **given: Any) -> Any:
   Raises: UserError naming the function, the key and the keys that the function takes.
     An error raised by a function outside cmjax and its libraries keeps its traceback.
   """
+  call = bound(spec, where, kind, **given)
+  with user_errors(where):
+    built = call()
+  _check_built(built, path_of(spec), f'{where}.fn', kind)
+  return built
+
+
+def bound(
+  spec: ConfigDict, where: str, kind: Any = None, **given: Any
+) -> functools.partial[Any]:
+  """The call that `build` makes, with the same arguments and errors."""
   path = path_of(spec)
   fn = function(path, f'{where}.fn', kind)
   parameters = signature(fn).parameters
@@ -67,10 +79,7 @@ def build(spec: ConfigDict, where: str, kind: Any = None, **given: Any) -> Any:
     if name == 'teacher':
       raise UserError(f'{where}: {path} needs a teacher; give --config.teacher=PATH')
     raise UserError(f'{where}.{name}: missing; {path} needs it')
-  with user_errors(where):
-    built = fn(**keywords)
-  _check_built(built, path, f'{where}.fn', kind)
-  return built
+  return functools.partial(fn, **keywords)
 
 
 def build_each(
@@ -123,6 +132,11 @@ def check_value(value: Any, annotation: Any, where: str) -> None:
     wrong_bool = isinstance(value, bool) and annotation is not bool
     if not isinstance(value, allowed) or wrong_bool:
       raise UserError(f'{where}: must be {annotation.__name__}, got {value!r}')
+  if typing.get_origin(annotation) is Literal and value not in typing.get_args(
+    annotation
+  ):
+    choices = ', '.join(map(str, typing.get_args(annotation)))
+    raise UserError(f'{where}: must be one of {choices}, got {value!r}')
   for number in value if isinstance(value, tuple | list) else [value]:
     if isinstance(number, float) and not math.isfinite(number):
       raise UserError(f'{where}: must be finite, got {value!r}')
@@ -170,7 +184,10 @@ def _is_sequence(annotation: Any) -> bool:
 def _check_built(built: Any, path: str, where: str, kind: Any) -> None:
   """Raises UserError if a built value is not of the kind, as far as can be checked."""
   for member in members_of(kind):
-    if isinstance(member, type) and not getattr(member, '_is_protocol', False):
+    protocol = getattr(member, '_is_protocol', False)
+    if isinstance(member, type) and (
+      not protocol or getattr(member, '_is_runtime_protocol', False)
+    ):
       fits = isinstance(built, member)
     else:
       fits = not _is_function(member) or callable(built)

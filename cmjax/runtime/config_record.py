@@ -64,6 +64,7 @@ class Config:
   samplers: Annotated[Parts, MAY_CHANGE]
   metrics: Annotated[Parts, MAY_CHANGE]
   studies: Annotated[Parts, MAY_CHANGE]
+  trackers: Annotated[Parts, MAY_CHANGE]
   evaluation: Annotated[Evaluation, MAY_CHANGE]
   search: Annotated[Search, MAY_CHANGE]
   every: Annotated[Every, MAY_CHANGE]

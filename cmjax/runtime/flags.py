@@ -4,6 +4,7 @@ import argparse
 import difflib
 from pathlib import Path
 import platform
+import re
 from typing import Any
 
 import cmjax
@@ -76,10 +77,21 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     close = difflib.get_close_matches(name, names, n=1)
     hint = f', did you mean {close[0]}?' if close else ''
     raise FlagError(f'unknown flag {name}{hint}')
+  if flags.profile and flags.mode != 'train':
+    raise FlagError('--profile goes with --mode=train')
   flags.trust = tuple(filter(None, flags.trust.split(',')))
   # Functions first, as they decide which keys a part may have.
   flags.overrides = sorted(overrides, key=lambda pair: not pair[0].endswith('.fn'))
   return flags
+
+
+def _span(text: str) -> tuple[int, int]:
+  """The steps of `FIRST:LAST`, from 1."""
+  found = re.fullmatch(r'([1-9][0-9]{0,9}):([1-9][0-9]{0,9})', text, re.ASCII)
+  first, last = map(int, found.groups()) if found else (1, 0)
+  if first > last:
+    raise argparse.ArgumentTypeError(f'must be FIRST:LAST, such as 100:109, not {text}')
+  return first, last
 
 
 def names_code(flags: argparse.Namespace) -> bool:
@@ -117,6 +129,12 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
   text('workdir', 'DIR', 'the folder of the run, or a file of weights to sample')
   add('mode', default='train', choices=MODES, metavar='MODE', help='default: train')
   add('debug', action='store_true', help='print the full traceback of every error')
+  add(
+    'profile',
+    type=_span,
+    metavar='FIRST:LAST',
+    help='with --mode=train: trace these steps for TensorBoard and Perfetto',
+  )
   text('trust', 'A,B', 'packages whose functions a stored config may name')
   text('samplers', 'A,B', 'with --mode=sample or evaluate: which; all if empty')
   text('labels', '0,3,7', 'with --mode=sample and edit: one class per image, or none')

@@ -1,4 +1,4 @@
-"""Metrics, tables and progress: TensorBoard, clu, tqdm.
+"""Metrics, tables and progress: clu, tqdm.
 
 Libraries that are slow to import are imported where they are used.
 """
@@ -26,27 +26,28 @@ def say(text: str) -> None:
   sys.stdout.flush()
 
 
+# Called with (step, values by name): scalars, and pictures as u8[H, W, 3].
+Send = Callable[[int, Mapping[str, float | np.ndarray]], None]
+
+
 class RunLog:
-  """Writes `metrics.jsonl`, TensorBoard events and pictures, if `primary`.
+  """Writes `metrics.jsonl` and pictures, and hands them to `send`, if `primary`.
 
   Rows of `metrics.jsonl` after step `start` are dropped, as those steps are repeated,
   and so is a last row that a kill cut short. Other rows that cannot be read are dropped
   with a message.
   """
 
-  def __init__(self, workdir: str | Path, primary: bool, start: int):
+  def __init__(
+    self, workdir: str | Path, primary: bool, start: int, send: Send | None = None
+  ):
     self._workdir = Path(workdir)
     self._primary = primary
+    self._send = send or (lambda step, values: None)
     if primary:
-      import tensorboardX
-
       path = self._workdir / 'metrics.jsonl'
       _drop_rows_after(path, start)
       self._rows = path.open('a', encoding='utf-8')
-      # By default, two files created in the same second have the same name.
-      self._events = tensorboardX.SummaryWriter(
-        str(self._workdir / 'tensorboard'), filename_suffix=f'.{time.time_ns()}'
-      )
 
   def scalars(self, step: int, values: Mapping[str, float]) -> None:
     """Adds a row; in JSON, values that are not finite are null."""
@@ -54,15 +55,14 @@ class RunLog:
       return
     row = {k: v if math.isfinite(v) else None for k, v in values.items()}
     print(json.dumps({'step': step} | row), file=self._rows, flush=True)
-    for name, value in values.items():
-      self._events.add_scalar(name, value, step)
+    self._send(step, values)
 
   def picture(self, step: int, name: str, image: np.ndarray) -> None:
-    """Adds u8[H, W, 3] to TensorBoard, and writes it to `pictures/NAME_STEP.png`."""
+    """Writes u8[H, W, 3] to `pictures/NAME_STEP.png`."""
     if not self._primary:
       return
     results.write_png(self._workdir / 'pictures' / f'{name}_{step:08d}.png', image)
-    self._events.add_image(name, image, step, dataformats='HWC')
+    self._send(step, {name: image})
 
   def picture_once(self, name: str, image: Callable[[], np.ndarray]) -> None:
     """Writes u8[H, W, 3] to `pictures/NAME.png`, unless it exists."""
@@ -71,10 +71,9 @@ class RunLog:
       results.write_png(path, image())
 
   def close(self) -> None:
-    """Flushes and closes the files."""
+    """Closes the file."""
     if self._primary:
       self._rows.close()
-      self._events.close()
 
 
 def _drop_rows_after(path: Path, step: int) -> None:

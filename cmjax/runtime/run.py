@@ -25,7 +25,7 @@ from cmjax.core import (
 )
 from cmjax.data.source import Source, batch_at, check_batch, metadata
 from cmjax.fields import Reference
-from cmjax.runtime import checkpoint, logs, pretrained, sharding, snapshots
+from cmjax.runtime import checkpoint, logs, pretrained, sharding, snapshots, tracking
 from cmjax.runtime.build import build, build_each, build_model, is_part, path_of
 from cmjax.runtime.config_json import to_json
 from cmjax.runtime.config_record import REQUIRED, Config, ConfigDict, checked
@@ -107,6 +107,7 @@ def prepare(
       f'config.accumulate: {num_parts} does not divide the batch size {size}'
     )
   sharding.check_divisible(size, mesh, 'config.batch_size', num_parts)
+  tracking.check(config.trackers)
   given = given_by(config)
   samplers = build_each(config.samplers, 'config.samplers', Sampler)
   tx = build(
