@@ -627,13 +627,17 @@ TINY = [
   '--config.evaluation.num_pictured=16',
   '--config.every.log_steps=1',
   '--config.every.picture_steps=4',
-  '--config.every.checkpoint_steps=2',
+  '--config.every.checkpoint_steps=4',
 ]
 
 
 def test_training_leaves_a_report_also_if_it_resumes_or_the_page_fails(
-  tmp_path, capsys, monkeypatch
+  tmp_path, capsys, monkeypatch, one_device
 ):
+  def prepared(loaded, **keywords):
+    return prepare(loaded, one_device)  # which compiles and saves faster
+
+  monkeypatch.setattr(train_mode, 'prepare', prepared)
   words = [*TINY, f'--workdir={tmp_path}']
   assert main.main(words) == 0
   assert f'report: {tmp_path}/report.html' in capsys.readouterr().out

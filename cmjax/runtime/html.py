@@ -219,6 +219,11 @@ summary { cursor: pointer; color: var(--accent) }
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 480px), 1fr)) }
 .pictures.small {
   grid-template-columns: repeat(auto-fill, minmax(min(46%, 180px), 1fr)) }
+h4 { font-size: 14px; margin: 18px 0 6px }
+ul { margin: 4px 0; padding-left: 18px; font-size: 13.5px }
+.study { display: grid; gap: 8px 32px; align-items: start;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr)) }
+.study > div { min-width: 0 }
 figure { margin: 0; min-width: 0 }
 figcaption { font-size: 13px; margin-bottom: 2px; display: flex; gap: 0 12px;
   justify-content: space-between; overflow-wrap: anywhere }
