@@ -523,11 +523,10 @@ def test_the_revision_is_that_of_the_checkout_alone(tmp_path, monkeypatch):
 def test_our_page_is_replaced_and_another_file_kept(run):
   foreign = run / 'report.html'
   foreign.write_text('<p>mine</p>')
-  assert report.write(run) == run / 'report_2.html'
+  for _ in range(2):  # the second replaces the first
+    assert report.write(run) == run / 'report_2.html'
   assert foreign.read_text() == '<p>mine</p>'
   foreign.unlink()
-  old = run.parent / 'elsewhere.txt'
-  old.write_text('kept')
   (run / 'report.html').write_text(pages.page('old', pages.text('old')))
   assert report.write(run) == run / 'report.html'
   assert 'What was run' in (run / 'report.html').read_text()
