@@ -11,7 +11,7 @@ import numpy as np
 from cmjax.figures import Album, Curve, figure, has_values, last_value
 from cmjax.report import NAME, footer, state_of
 from cmjax.report_results import newest_rows
-from cmjax.report_sections import last_start, safely, whole_number
+from cmjax.report_sections import date, last_start, safely, whole_number
 from cmjax.runtime import config, html
 from cmjax.runtime.config_record import flat
 from cmjax.runtime.contents import Contents, read_contents
@@ -92,7 +92,7 @@ def _facts(runs: Runs, folder: Path) -> Markup:
         if speed and has_values(speed)
         else None,
         'loss, last row': last_value(run.metrics.series.get('loss')),
-        'started': str(start.get('started', '')),
+        'started': date(start.get('started', '')),
       }
     )
   errors = (
@@ -125,9 +125,9 @@ def _differences(runs: Runs) -> Markup:
 def _evaluations(runs: Runs) -> Markup:
   rows, without = [], []
   for name, run in runs.items():
-    if not run.evaluations:
-      without.append(name)
-    rows += [{'run': name} | row for row in newest_rows(run)]
+    of_run = newest_rows(run)
+    rows += [{'run': name} | row for row in of_run]
+    without += [] if of_run else [name]
   parts = [html.table(rows)] if rows else []
   if rows:
     parts.append(element('p', 'The newest measurement of each sampler.', class_='dim'))

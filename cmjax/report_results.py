@@ -130,22 +130,23 @@ def _study(run: Contents, document: Document, album: Album) -> Markup:
     about = value.get('about', {}).get(name, {})
     picture = run.folder / document.path.parent / f'{name}.png'
     parts.append(element('h4', about.get('title', name)))
+    drawn = None
     if about:
       curves = [
         Curve(y, _column(rows, about['x'], y), i) for i, y in enumerate(about['ys'])
       ]
       title = f'{name} against {about["x"]}'
       drawn = figure(title, curves, place='study', x_label='', log=(True, True))
-      parts.append(element('div', drawn, class_='plots'))
     elif picture.is_file():
-      parts.append(album.grid({name: picture}, 'study '))
+      drawn = album.add(picture, name, f'study {name}')
     meanings = about.get('columns', {}).items()
     text = together(
       (element('li', element('code', key), f': {text}') for key, text in meanings), ''
     )
-    parts.append(element('ul', text, class_='dim'))
     summary = element('summary', f'Table, {len(rows)} rows')
-    parts.append(element('details', summary, html.table(rows, most=60)))
+    table = element('details', summary, html.table(rows, most=60))
+    beside = element('div', element('ul', text, class_='dim') if text else '', table)
+    parts.append(element('div', drawn or '', beside, class_='study'))
   return together(parts)
 
 

@@ -64,17 +64,17 @@ def _starts(run: Contents) -> Markup:
       element('code', str(git['revision'])[:12]),
       ' with uncommitted changes' * bool(git['uncommitted_changes']),
     ),
-    'Started': _date(start['started']),
+    'Started': date(start['started']),
   }
   parts = [element('pre', _wrapped(start['command'])), html.facts(facts)]
   rows: list[dict[str, Any]] = []
   for row in run.starts:
     if 'started' in row:
       rows.append(
-        {'started': _date(row['started']), 'first step': row.get('first_step')}
+        {'started': date(row['started']), 'first step': row.get('first_step')}
       )
     elif rows:
-      rows[-1] |= {'ended': _date(row['ended']), 'error': row.get('error') or 'none'}
+      rows[-1] |= {'ended': date(row['ended']), 'error': row.get('error') or 'none'}
   if len(rows) > 1:
     parts += [element('h3', 'Starts'), html.table(rows[::-1], most=20)]
   return together(parts)
@@ -90,7 +90,7 @@ def _wrapped(command: str, width: int = 96) -> str:
   return ' \\\n  '.join(map(' '.join, filter(None, lines)))
 
 
-def _date(time: Any) -> str:
+def date(time: Any) -> str:
   """A time in UTC, for people."""
   return str(time).replace('T', ' ').replace('+00:00', ' UTC')
 

@@ -12,7 +12,6 @@ import re
 from typing import Any
 
 import cmjax
-from cmjax.core import unused
 
 GENERATOR = '<meta name="generator" content="cmjax '  # then the version
 MAX_TEXT = 2_000  # characters of a text that is not markup
@@ -140,10 +139,12 @@ def write(path: Path, content: str) -> Path:
   """Writes a page in one stroke, and returns where.
 
   An older page of ours is replaced. Another file of that name is left as it is, and the
-  page becomes `NAME_2.html`.
+  page becomes `NAME_2.html`, or the first of these that is free or ours.
   """
-  if path.exists() and not is_ours(path):
-    path = unused(path.with_suffix(''), path.suffix)
+  name, number = path, 2
+  while path.exists() and not is_ours(path):
+    path = name.with_stem(f'{name.stem}_{number}')
+    number += 1
   path.parent.mkdir(parents=True, exist_ok=True)
   new = path.with_name(f'.{path.name}.{os.getpid()}.new')
   new.unlink(missing_ok=True)  # it may be a link
@@ -219,6 +220,11 @@ summary { cursor: pointer; color: var(--accent) }
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 480px), 1fr)) }
 .pictures.small {
   grid-template-columns: repeat(auto-fill, minmax(min(46%, 180px), 1fr)) }
+h4 { font-size: 14px; margin: 18px 0 6px }
+ul { margin: 4px 0; padding-left: 18px; font-size: 13.5px }
+.study { display: flex; flex-wrap: wrap; gap: 8px 32px }
+.study > figure { flex: 0 1 400px }
+.study > div { flex: 1 1 300px; min-width: 0 }
 figure { margin: 0; min-width: 0 }
 figcaption { font-size: 13px; margin-bottom: 2px; display: flex; gap: 0 12px;
   justify-content: space-between; overflow-wrap: anywhere }
