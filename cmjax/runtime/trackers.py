@@ -6,6 +6,7 @@ A tracker receives the rows and the pictures of a run beside `metrics.jsonl` and
 
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -82,18 +83,10 @@ def wandb(
     name: of the run; that of the work directory if empty.
     entity: user or team; the default of the login if empty.
     mode: `offline` writes files that `wandb sync` uploads.
-    workdir: the work directory.
-    config: the config of the run.
+    workdir, config: those of the run.
 
   Raises: ValueError if there is no login or no network; nobody is asked for a login.
   """
-  settings: dict[str, Any] = dict(
-    console='off',
-    silent=True,
-    reinit='create_new',
-    init_timeout=INIT_S,
-    finish_timeout=FINISH_S,
-  )
   environment = dict(
     WANDB_SILENT='true',
     WANDB_CACHE_DIR=str(workdir / 'wandb' / 'cache'),
@@ -105,20 +98,34 @@ def wandb(
   with _environment(environment):
     import wandb as library  # pyright: ignore[reportMissingImports]
 
+    settings = library.Settings(
+      console='off',
+      silent=True,
+      reinit='create_new',
+      init_timeout=INIT_S,
+      finish_timeout=FINISH_S,
+    )
+    start = functools.partial(
+      library.init,
+      project=project,
+      name=name or workdir.resolve().name,
+      entity=entity or None,
+      mode=mode,
+      dir=str(workdir),
+      config=config,
+      resume='allow' if mode == 'online' else None,
+      settings=settings,
+    )
     try:
       if mode == 'online' and not library.login(prompt=False, verify=False):
         raise ValueError('there is no login')
-      run = library.init(
-        project=project,
-        name=name or workdir.resolve().name,
-        entity=entity or None,
-        mode=mode,
-        dir=str(workdir),
-        config=config,
-        id=ids.read() or ids.write(secrets.token_hex(4)),
-        resume='allow' if mode == 'online' else None,
-        settings=library.Settings(**settings),
-      )
+      try:
+        run = start(id=ids.read() or ids.write(secrets.token_hex(4)))
+      except library.Error as error:
+        if 'previously created and deleted' not in str(error):
+          raise
+        logs.say(f'W&B: starts a new run: {first_line(error)}')
+        run = start(id=ids.write(secrets.token_hex(4)))
     except Exception as error:  # wandb raises errors of many types
       raise ValueError(
         "W&B does not start; run `wandb login`, or give mode='offline' and upload "
@@ -163,8 +170,7 @@ def mlflow(
     name: of the run; that of the work directory if empty.
     tracking_uri: a server or a store; files in `mlruns/` of the work directory if
       empty.
-    workdir: the work directory.
-    config: the config of the run, logged as parameters with dotted names.
+    workdir, config: those of the run; the config becomes parameters with dotted names.
 
   Raises: ValueError if the store cannot be used.
   """
