@@ -83,7 +83,8 @@ def wandb(
     name: of the run; that of the work directory if empty.
     entity: user or team; the default of the login if empty.
     mode: `offline` writes files that `wandb sync` uploads.
-    workdir, config: those of the run.
+    workdir: the work directory.
+    config: the config of the run.
 
   Raises: ValueError if there is no login or no network; nobody is asked for a login.
   """
@@ -170,7 +171,8 @@ def mlflow(
     name: of the run; that of the work directory if empty.
     tracking_uri: a server or a store; files in `mlruns/` of the work directory if
       empty.
-    workdir, config: those of the run; the config becomes parameters with dotted names.
+    workdir: the work directory.
+    config: the config of the run, logged as parameters with dotted names.
 
   Raises: ValueError if the store cannot be used.
   """
@@ -242,32 +244,31 @@ def _flat(config: Mapping[str, Any], where: str = '') -> Iterator[tuple[str, Any
       yield f'{where}{key}', value
 
 
-class _Ids:
+class _Ids(NamedTuple):
   """The id of a run of W&B or MLflow, by destination, kept in the work directory."""
 
-  def __init__(self, path: Path, destination: str):
-    self._path = path
-    self._destination = destination
+  path: Path
+  destination: str
 
   def _all(self) -> dict[str, str]:
     try:
-      return dict(json.loads(self._path.read_text(encoding='utf-8')))
+      return dict(json.loads(self.path.read_text(encoding='utf-8')))
     except (OSError, ValueError, TypeError, RecursionError):
       return {}
 
   def read(self) -> str:
     """The id, or '' if there is none."""
-    found = self._all().get(self._destination, '')
+    found = self._all().get(self.destination, '')
     return found if re.fullmatch(r'[0-9a-zA-Z_-]{1,64}', str(found)) else ''
 
   def write(self, run_id: str) -> str:
     """Stores an id, and returns it."""
-    self._path.parent.mkdir(exist_ok=True)
-    new = self._path.with_suffix('.new')
+    self.path.parent.mkdir(exist_ok=True)
+    new = self.path.with_suffix('.new')
     new.unlink(missing_ok=True)  # it may be a link
-    text = json.dumps(self._all() | {self._destination: run_id})
+    text = json.dumps(self._all() | {self.destination: run_id})
     new.write_text(text, encoding='utf-8')
-    new.replace(self._path)  # atomic: a kill leaves one of the two
+    new.replace(self.path)  # atomic: a kill leaves one of the two
     return run_id
 
 
