@@ -193,8 +193,9 @@ def test_an_offline_run_of_wandb_holds_all_and_continues(tmp_path, home, capfd):
   folder.mkdir()
   for _ in range(2):
     logged(trackers.wandb(workdir=folder, config=NESTED, mode='offline', project='p'))
+    time.sleep(1)  # W&B names its folders by the second
   paths = sorted(folder.glob('wandb/offline-run-*/*.wandb'))
-  assert len(paths) == 2 or len(list(wandb_records(paths[0]))) > 20
+  assert len(paths) == 2
   ids = set()
   for path in paths:
     records = list(wandb_records(path))
@@ -236,6 +237,31 @@ def test_wandb_without_a_network_is_one_line_within_seconds(tmp_path, monkeypatc
   with pytest.raises(ValueError, match=r"run `wandb login`, or give mode='offline'"):
     trackers.wandb(workdir=tmp_path, config={})
   assert time.monotonic() - start < 15  # measured: 2 s
+
+
+@needs['wandb']
+def test_a_run_that_was_deleted_at_wandb_is_replaced(tmp_path, monkeypatch, capsys):
+  import wandb
+
+  trackers.wandb(workdir=tmp_path, config={}, mode='offline').close()
+  path = tmp_path / 'trackers' / 'wandb.json'
+  deleted = json.loads(path.read_text())['/cmjax']
+  init = wandb.init
+
+  def refuse(*, id, **settings):  # what the server answers; there is none here
+    if id == deleted:
+      message = f'run {id} was previously created and deleted; try a new run name'
+      raise wandb.Error(message)
+    return init(id=id, **settings)
+
+  monkeypatch.setattr(wandb, 'init', refuse)
+  trackers.wandb(workdir=tmp_path, config={}, mode='offline').close()
+  new = json.loads(path.read_text())['/cmjax']
+  assert list(tmp_path.glob(f'wandb/offline-run-*-{new}'))
+  assert re.fullmatch(
+    rf'W&B: starts a new run: run {deleted} was previously created and deleted;.*\n',
+    capsys.readouterr().out,
+  )
 
 
 # Mistakes, before any compute ---------------------------------------------------------

@@ -6,6 +6,7 @@ A tracker receives the rows and the pictures of a run beside `metrics.jsonl` and
 
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -87,13 +88,6 @@ def wandb(
 
   Raises: ValueError if there is no login or no network; nobody is asked for a login.
   """
-  settings: dict[str, Any] = dict(
-    console='off',
-    silent=True,
-    reinit='create_new',
-    init_timeout=INIT_S,
-    finish_timeout=FINISH_S,
-  )
   environment = dict(
     WANDB_SILENT='true',
     WANDB_CACHE_DIR=str(workdir / 'wandb' / 'cache'),
@@ -105,20 +99,34 @@ def wandb(
   with _environment(environment):
     import wandb as library  # pyright: ignore[reportMissingImports]
 
+    settings = library.Settings(
+      console='off',
+      silent=True,
+      reinit='create_new',
+      init_timeout=INIT_S,
+      finish_timeout=FINISH_S,
+    )
+    start = functools.partial(
+      library.init,
+      project=project,
+      name=name or workdir.resolve().name,
+      entity=entity or None,
+      mode=mode,
+      dir=str(workdir),
+      config=config,
+      resume='allow' if mode == 'online' else None,
+      settings=settings,
+    )
     try:
       if mode == 'online' and not library.login(prompt=False, verify=False):
         raise ValueError('there is no login')
-      run = library.init(
-        project=project,
-        name=name or workdir.resolve().name,
-        entity=entity or None,
-        mode=mode,
-        dir=str(workdir),
-        config=config,
-        id=ids.read() or ids.write(secrets.token_hex(4)),
-        resume='allow' if mode == 'online' else None,
-        settings=library.Settings(**settings),
-      )
+      try:
+        run = start(id=ids.read() or ids.write(secrets.token_hex(4)))
+      except library.Error as error:
+        if 'previously created and deleted' not in str(error):
+          raise
+        logs.say(f'W&B: starts a new run: {first_line(error)}')
+        run = start(id=ids.write(secrets.token_hex(4)))
     except Exception as error:  # wandb raises errors of many types
       raise ValueError(
         "W&B does not start; run `wandb login`, or give mode='offline' and upload "
@@ -236,32 +244,31 @@ def _flat(config: Mapping[str, Any], where: str = '') -> Iterator[tuple[str, Any
       yield f'{where}{key}', value
 
 
-class _Ids:
+class _Ids(NamedTuple):
   """The id of a run of W&B or MLflow, by destination, kept in the work directory."""
 
-  def __init__(self, path: Path, destination: str):
-    self._path = path
-    self._destination = destination
+  path: Path
+  destination: str
 
   def _all(self) -> dict[str, str]:
     try:
-      return dict(json.loads(self._path.read_text(encoding='utf-8')))
+      return dict(json.loads(self.path.read_text(encoding='utf-8')))
     except (OSError, ValueError, TypeError, RecursionError):
       return {}
 
   def read(self) -> str:
     """The id, or '' if there is none."""
-    found = self._all().get(self._destination, '')
+    found = self._all().get(self.destination, '')
     return found if re.fullmatch(r'[0-9a-zA-Z_-]{1,64}', str(found)) else ''
 
   def write(self, run_id: str) -> str:
     """Stores an id, and returns it."""
-    self._path.parent.mkdir(exist_ok=True)
-    new = self._path.with_suffix('.new')
+    self.path.parent.mkdir(exist_ok=True)
+    new = self.path.with_suffix('.new')
     new.unlink(missing_ok=True)  # it may be a link
-    text = json.dumps(self._all() | {self._destination: run_id})
+    text = json.dumps(self._all() | {self.destination: run_id})
     new.write_text(text, encoding='utf-8')
-    new.replace(self._path)  # atomic: a kill leaves one of the two
+    new.replace(self.path)  # atomic: a kill leaves one of the two
     return run_id
 
 
