@@ -22,14 +22,8 @@ FLOORS = {
   ],
   'doors': ['pictures', 'runtime.*', 'data.*', 'port.*'],
   'programs': [
-    'train',
-    'train_step',
-    'sampling',
-    'data_features',
-    'evaluation',
-    *('figures', 'report_sections', 'report_results', 'report', 'comparison'),
-    'edit_requests',
-    'modes.*',
+    *('train', 'train_step', 'sampling', 'data_features', 'evaluation'),
+    *('edit_requests', 'report.*', 'modes.*'),
   ],
   'main': ['main', '__main__'],
 }
@@ -46,8 +40,8 @@ DOORS = {
   'wandb': ['runtime.trackers'],
   'mlflow': ['runtime.trackers'],
   'tqdm': ['runtime.logs'],
-  'matplotlib': ['pictures', 'runtime.svg'],
-  'PIL': ['runtime.results', 'runtime.embed', 'data.files', 'pictures'],
+  'matplotlib': ['pictures', 'report.svg'],
+  'PIL': ['runtime.results', 'report.embed', 'data.files', 'pictures'],
   'IPython': ['pictures'],
   'sklearn': ['data.digits', 'metrics.pixels'],
   'optax': [

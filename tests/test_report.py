@@ -14,15 +14,16 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from cmjax import comparison, core, main, report, train
+from cmjax import core, main, train
 from cmjax.modes import train as train_mode
-from cmjax.runtime import config, embed, metric_rows, provenance, svg
-from cmjax.runtime import html as pages
+from cmjax.report import embed, metric_rows, one_run, several_runs, svg
+from cmjax.report import html as pages
+from cmjax.report.contents import read_contents
+from cmjax.report.metric_rows import Series
+from cmjax.runtime import config, provenance
 from cmjax.runtime.config_json import to_json
 from cmjax.runtime.config_record import data_of, differences
-from cmjax.runtime.contents import read_contents
 from cmjax.runtime.lock import lock, trained_by
-from cmjax.runtime.metric_rows import Series
 from cmjax.runtime.run import prepare
 from tests.conftest import ROOT
 
@@ -166,7 +167,7 @@ def make_run(folder, **changes):
 
 
 def test_a_page_shows_the_run_and_is_one_valid_file(run):
-  path = report.write(run)
+  path = one_run.write(run)
   assert path == run / 'report.html'
   page = check(path)
   for words in (
@@ -197,7 +198,7 @@ def test_a_page_shows_the_run_and_is_one_valid_file(run):
 
 
 def test_the_same_run_gives_the_same_page(run):
-  texts = [report.page(read_contents(run)) for _ in range(2)]
+  texts = [one_run.page(read_contents(run)) for _ in range(2)]
   without = [re.sub(r'Written by [^<]*', '', text) for text in texts]
   assert without[0] == without[1]
 
@@ -223,7 +224,7 @@ def test_studies_searches_benchmarks_and_samples_have_their_sections(run):
   noise_picture(run / 'studies/step_00000400/older.png')
   noise_picture(run / 'samples/step_00000400/all.png')
   noise_picture(run / 'edits/inpaint_step_00000400/all.png')
-  page = check(report.write(run))
+  page = check(one_run.write(run))
   for words in (
     'Tangents by sigma',
     'norm: of the tangent',
@@ -240,7 +241,7 @@ def test_studies_searches_benchmarks_and_samples_have_their_sections(run):
 
 def test_plots_have_a_limit(run):
   write_rows(run, 40, **{f'mean_{i:02}': float for i in range(20)})
-  page = check(report.write(run))
+  page = check(one_run.write(run))
   assert 'Not drawn: mean_16, mean_17, mean_18, mean_19.' in page.text
 
 
@@ -250,7 +251,7 @@ def test_evaluations_in_training_are_curves_by_step(run):
       for name in ('one_step', 'fast'):
         row = {f'{name}/pixel_frechet': value, f'{name}/evaluations': 1.0}
         print(json.dumps({'step': step} | row), file=file)
-  page = check(report.write(run))
+  page = check(one_run.write(run))
   assert 'During training' in page.text
   assert 'plot of pixel_frechet' in {s['aria-label'] for s in page.all('svg')}
   assert 'pixel_frechet, fast' in page.text  # a tile, as no other evaluation has it
@@ -270,7 +271,7 @@ def test_how_the_run_ended_is_shown(run, ended, end, words):
   end = {'ended': '2026-11-24T11:00:00+00:00'} | end
   provenance._append(run / 'starts.jsonl', START)
   provenance._append(run / 'starts.jsonl', end)
-  page = check(report.write(run))
+  page = check(one_run.write(run))
   assert words in page.text
   assert (end['error'] or '') in page.text
   assert 'Starts' in page.text  # there are two
@@ -300,15 +301,15 @@ def test_texts_of_files_never_become_markup(run, monkeypatch):
   (run / 'studies/step_00000400/study.json').write_text(json.dumps(study))
   hostile = run.with_name('<img src=x onerror=alert(1)>')
   shutil.copytree(run, hostile)
-  page = check(report.write(hostile))
+  page = check(one_run.write(hostile))
   assert 'alert(1)' in page.text
-  several = comparison.write([hostile, run], run.parent / 'several.html')
+  several = several_runs.write([hostile, run], run.parent / 'several.html')
   assert '<img src=x' in check(several).text
 
 
 def test_what_is_missing_is_said_in_a_sentence(tmp_path):
   (tmp_path / 'metrics.jsonl').write_text('{"step": 1, "loss": 0.5}\n')
-  page = check(report.write(tmp_path))
+  page = check(one_run.write(tmp_path))
   for words in ('no starts.jsonl', 'no config.json', 'No pictures', 'Not evaluated'):
     assert words in page.text
 
@@ -323,7 +324,7 @@ def test_damaged_files_are_named_and_the_rest_is_drawn(run, value):
   (run / 'pictures/one_step_00000400.png').write_bytes(b'\x89PNG no')
   with (run / 'metrics.jsonl').open('a') as file:
     file.write('{"step": "x"}\n{"loss": 1}\n{"step": 3, "loss": "y"}\nnonsense\n')
-  page = check(report.write(run))
+  page = check(one_run.write(run))
   assert 'metrics.jsonl: 4 rows cannot be read' in page.text
   assert 'one_step_00000400.png: cannot be read' in page.text
   assert 'evaluation_00000399.json' in page.text
@@ -349,7 +350,7 @@ def test_a_run_that_is_being_written_can_be_read(run):
   writer = threading.Thread(target=write)
   with lock(run):
     writer.start()
-    page = check(report.write(run))
+    page = check(one_run.write(run))
     stop.set()
     writer.join()
   assert f'so far, by process {os.getpid()}' in page.text
@@ -366,7 +367,7 @@ def test_a_page_of_a_long_run_with_large_pictures_is_small(run):
     for name in ('a', 'b', 'c'):
       noise_picture(run / 'pictures' / f'{name}_{step:08d}.png', (700, 500), step)
   start = time.perf_counter()
-  path = report.write(run)
+  path = one_run.write(run)
   seconds = time.perf_counter() - start
   page = check(path)
   assert path.stat().st_size > 1_000_000  # the room is used
@@ -524,17 +525,17 @@ def test_our_page_is_replaced_and_another_file_kept(run):
   foreign = run / 'report.html'
   foreign.write_text('<p>mine</p>')
   for _ in range(2):  # the second replaces the first
-    assert report.write(run) == run / 'report_2.html'
+    assert one_run.write(run) == run / 'report_2.html'
   assert foreign.read_text() == '<p>mine</p>'
   foreign.unlink()
   (run / 'report.html').write_text(pages.page('old', pages.text('old')))
-  assert report.write(run) == run / 'report.html'
+  assert one_run.write(run) == run / 'report.html'
   assert 'What was run' in (run / 'report.html').read_text()
   assert not list(run.glob('*.new')) + list(run.glob('.*.new'))
 
 
 def test_a_write_that_fails_leaves_the_older_page(run, monkeypatch):
-  path = report.write(run)
+  path = one_run.write(run)
   before = path.read_text()
 
   def full(self, *arguments, **keywords):
@@ -542,7 +543,7 @@ def test_a_write_that_fails_leaves_the_older_page(run, monkeypatch):
 
   monkeypatch.setattr(type(path), 'write_text', full)
   with pytest.raises(OSError, match='No space'):
-    report.write(run)
+    one_run.write(run)
   assert path.read_text() == before
   assert not list(run.glob('.*.new'))
 
@@ -649,7 +650,7 @@ def test_training_leaves_a_report_also_if_it_resumes_or_the_page_fails(
   def broken(*arguments):
     raise RuntimeError('no paper')
 
-  monkeypatch.setattr(report, 'page', broken)
+  monkeypatch.setattr(one_run, 'page', broken)
   assert main.main(words) == 0
   assert 'no report: no paper (RuntimeError)' in capsys.readouterr().out
   assert 'finished' in (tmp_path / 'report.html').read_text()  # the older page

@@ -3,9 +3,9 @@
 import argparse
 from pathlib import Path
 
-from cmjax import comparison, report
 from cmjax.core import UserError, unused
-from cmjax.runtime.contents import check_run
+from cmjax.report import one_run, several_runs
+from cmjax.report.contents import check_run
 
 
 def run(flags: argparse.Namespace) -> None:
@@ -19,11 +19,11 @@ def run(flags: argparse.Namespace) -> None:
   if flags.to and Path(flags.to).suffix != '.html':
     raise UserError(f'--to={flags.to}: the name of a report ends with .html')
   if len(folders) == 1:
-    path = Path(flags.to) if flags.to else folders[0] / report.NAME
-    written = report.write(folders[0], path)
+    path = Path(flags.to) if flags.to else folders[0] / one_run.NAME
+    written = one_run.write(folders[0], path)
   else:
     path = Path(flags.to) if flags.to else unused(Path('report'), '.html')
-    written = comparison.write(folders, path)
+    written = several_runs.write(folders, path)
   if written != path:
     print(f'{path} is not a report of cmjax, and was left as it is')
   print(written)

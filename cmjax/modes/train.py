@@ -5,10 +5,11 @@ from pathlib import Path
 
 import jax
 
-from cmjax import report, train
+from cmjax import train
 from cmjax.core import UserError, first_line
 from cmjax.evaluation import build_metrics
 from cmjax.modes import evaluate
+from cmjax.report import one_run
 from cmjax.runtime import logs, workdir
 from cmjax.runtime.config_record import require
 from cmjax.runtime.profile import Span
@@ -40,10 +41,10 @@ def write_report(folder: Path) -> None:
   if jax.process_index() != 0:
     return
   try:
-    path = report.write(folder)
+    path = one_run.write(folder)
   except Exception as error:  # of any kind: the run itself is complete
     logs.say(f'no report: {first_line(error)} ({type(error).__name__})')
     return
-  if path.name != report.NAME:
-    logs.say(f'{folder / report.NAME} is not a report of cmjax, and was left as it is')
+  if path.name != one_run.NAME:
+    logs.say(f'{folder / one_run.NAME} is not a report of cmjax, and was left as it is')
   logs.say(f'report: {path}')

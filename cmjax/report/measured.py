@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from cmjax.figures import Album, Curve, evaluation_figures, figure
-from cmjax.report_sections import safely
-from cmjax.runtime import html
-from cmjax.runtime.contents import Contents, Document
-from cmjax.runtime.html import Markup, element, together
-from cmjax.runtime.metric_rows import Series
+from cmjax.report import html
+from cmjax.report.contents import Contents, Document
+from cmjax.report.figures import Album, Curve, evaluation_figures, figure
+from cmjax.report.html import Markup, element, together
+from cmjax.report.metric_rows import Series
+from cmjax.report.sections import safely
 
 MAX_TABLES = 12
 

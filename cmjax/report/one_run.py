@@ -6,14 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from cmjax import report_results as results
-from cmjax import report_sections as sections
-from cmjax.figures import Album, has_values, last_value
-from cmjax.report_results import newest_rows
-from cmjax.report_sections import last_start, safely, whole_number
-from cmjax.runtime import html
-from cmjax.runtime.contents import Contents, read_contents
-from cmjax.runtime.html import Markup, element, together
+from cmjax.report import html, measured, sections
+from cmjax.report.contents import Contents, read_contents
+from cmjax.report.figures import Album, has_values, last_value
+from cmjax.report.html import Markup, element, together
+from cmjax.report.measured import newest_rows
+from cmjax.report.sections import last_start, safely, whole_number
 
 NAME = 'report.html'
 
@@ -33,10 +31,10 @@ def page(run: Contents) -> str:
     'run': ('What was run', sections.what_was_run),
     'training': ('How it went', sections.how_it_went),
     'pictures': ('What it makes', lambda run: sections.what_it_makes(run, album)),
-    'evaluation': ('How good it is', results.how_good),
-    'searches': ('Searches', results.searches),
-    'studies': ('Studies', lambda run: results.studies(run, album)),
-    'bench': ('Speed', results.benches),
+    'evaluation': ('How good it is', measured.how_good),
+    'searches': ('Searches', measured.searches),
+    'studies': ('Studies', lambda run: measured.studies(run, album)),
+    'bench': ('Speed', measured.benches),
   }
   optional = {'searches': run.searches, 'studies': run.studies, 'bench': run.benches}
   parts = {k: v for k, v in parts.items() if optional.get(k, True)}

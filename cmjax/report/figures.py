@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cmjax.runtime import embed, html, svg
-from cmjax.runtime.html import Markup, element
-from cmjax.runtime.metric_rows import Series, skipped_at, smoothed, thinned
+from cmjax.report import embed, html, svg
+from cmjax.report.html import Markup, element
+from cmjax.report.metric_rows import Series, skipped_at, smoothed, thinned
 
 POINTS = 3_000  # of all curves in one plot, about
 MAX_MARKS = 150

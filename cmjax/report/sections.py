@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 
 from cmjax.core import first_line
-from cmjax.figures import Album, training_figures
-from cmjax.runtime import config, html
+from cmjax.report import html
+from cmjax.report.contents import Contents, Document
+from cmjax.report.figures import Album, training_figures
+from cmjax.report.html import Markup, element, together
+from cmjax.runtime import config
 from cmjax.runtime.config_json import to_json
 from cmjax.runtime.config_record import flat
-from cmjax.runtime.contents import Contents, Document
-from cmjax.runtime.html import Markup, element, together
 
 MAX_PICTURES = 6  # of a sampler over training
 MAX_SAMPLERS = 12

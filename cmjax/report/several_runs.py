@@ -8,15 +8,16 @@ import urllib.parse
 
 import numpy as np
 
-from cmjax.figures import Album, Curve, figure, has_values, last_value
-from cmjax.report import NAME, footer, state_of
-from cmjax.report_results import newest_rows
-from cmjax.report_sections import date, last_start, safely, whole_number
-from cmjax.runtime import config, html
+from cmjax.report import html
+from cmjax.report.contents import Contents, read_contents
+from cmjax.report.figures import Album, Curve, figure, has_values, last_value
+from cmjax.report.html import Markup, element, together
+from cmjax.report.measured import newest_rows
+from cmjax.report.metric_rows import Series, smoothed
+from cmjax.report.one_run import NAME, footer, state_of
+from cmjax.report.sections import date, last_start, safely, whole_number
+from cmjax.runtime import config
 from cmjax.runtime.config_record import flat
-from cmjax.runtime.contents import Contents, read_contents
-from cmjax.runtime.html import Markup, element, together
-from cmjax.runtime.metric_rows import Series, smoothed
 
 MAX_FIGURES = 24
 Runs = dict[str, Contents]  # by the name that the page calls them

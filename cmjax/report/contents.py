@@ -7,9 +7,9 @@ import re
 from typing import Any, NamedTuple
 
 from cmjax.core import UserError, first_line
+from cmjax.report.metric_rows import Metrics, read_metrics
 from cmjax.runtime import lock, provenance
 from cmjax.runtime.config_record import ConfigDict, completed
-from cmjax.runtime.metric_rows import Metrics, read_metrics
 from cmjax.runtime.renamed import renamed
 
 MAX_JSON = 30_000_000  # bytes
