@@ -111,20 +111,27 @@ def scatter(points: np.ndarray, data: np.ndarray | None = None) -> np.ndarray:
 
 
 def curves(
-  rows: Sequence[Mapping[str, float]], x: str, ys: Sequence[str], *, log_x: bool = True
+  rows: Sequence[Mapping[str, float]],
+  x: str,
+  ys: Sequence[str],
+  *,
+  log_x: bool = True,
+  log_y: bool = True,
 ) -> np.ndarray:
-  """A plot u8[H, W, 3] of columns `ys` of a table against column `x`, on log axes.
+  """A plot u8[H, W, 3] of columns `ys` of a table against column `x`.
 
-  Values that are not positive leave gaps in the lines.
+  The axes are logarithmic if `log_x` and `log_y`; with `log_y`, values that are not
+  positive leave gaps in the lines.
   """
   figure = _figure(6, 4)
   axes = figure.add_subplot()
   for y in ys:
-    shown = [row[y] if row[y] > 0 else math.nan for row in rows]
+    shown = [row[y] if row[y] > 0 or not log_y else math.nan for row in rows]
     axes.plot([row[x] for row in rows], shown, '.-', label=y)
   if log_x:
     axes.set_xscale('log')
-  axes.set_yscale('log')
+  if log_y:
+    axes.set_yscale('log')
   axes.set_xlabel(x)
   axes.grid(alpha=0.3)
   axes.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=len(ys), frameon=False)
