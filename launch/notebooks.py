@@ -57,7 +57,11 @@ print(
 
 
 class NotebookError(Exception):
-  """A cell that failed: its notebook, number, id and traceback."""
+  """A cell that failed: its number, id and traceback, and the notebook so far."""
+
+  def __init__(self, text: str, notebook: nbformat.NotebookNode | None = None):
+    super().__init__(text)
+    self.notebook = notebook
 
 
 class _ThisPython(KernelSpecManager):
@@ -116,10 +120,13 @@ def execute(
       km=AsyncKernelManager(kernel_spec_manager=_ThisPython()),
       resources={'metadata': {'path': str(Path(folder) / 'work')}},
     )
-    try:
-      client.execute(env=env)
-    except Exception as e:  # of the cell, or a kernel that died or took too long
-      raise _described(e, path, notebook) from None
+    # Its warnings are not of the notebook, whose outputs have what cells write there.
+    with (Path(folder) / 'kernel.log').open('w+', encoding='utf-8') as log:
+      try:
+        client.execute(env=env, stderr=log)
+      except Exception as e:  # of the cell, or a kernel that died or took too long
+        log.seek(0)
+        raise _described(e, path, notebook, log.read()) from None
   return notebook
 
 
@@ -134,18 +141,16 @@ def _environment(folder: str) -> dict[str, str]:
 
 
 def _described(
-  error: Exception, path: Path, notebook: nbformat.NotebookNode
+  error: Exception, path: Path, notebook: nbformat.NotebookNode, log: str
 ) -> NotebookError:
-  """The error of a cell, with where it is."""
-  place, trace = path.name, f'{type(error).__name__}: {error}'
+  """The error of a cell, with where it is; of a dead kernel, what it wrote last."""
+  place, trace = path.name, f'{type(error).__name__}: {error}\n{log[-2000:]}'
   for number, cell in enumerate(notebook.cells, 1):
     for output in cell.get('outputs', ()):
       if output.output_type == 'error' and isinstance(error, CellExecutionError):
         place = f'{path.name}, cell {number} (id {cell.id})'
         trace = '\n'.join(output.traceback) or f'{output.ename}: {output.evalue}'
-  described = NotebookError(f'{place}:\n' + re.sub(r'\x1b\[[\d;]*m', '', trace))
-  described.notebook = notebook
-  return described
+  return NotebookError(f'{place}:\n' + re.sub(r'\x1b\[[\d;]*m', '', trace), notebook)
 
 
 def stripped(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
@@ -226,14 +231,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
   failed = False
   for path in paths(chosen.names):
     begun = time.monotonic()
+    notebook = None
     try:
       notebook = execute(path, short=chosen.short)
       outcome = f'{time.monotonic() - begun:.0f} s'
       if chosen.pictures:
         path.with_suffix('.png').write_bytes(picture(notebook))
     except NotebookError as e:
-      failed, outcome = True, f'failed\n{e}'
-      notebook = getattr(e, 'notebook', None)
+      failed, outcome, notebook = True, f'failed\n{e}', notebook or e.notebook
     print(f'{path.stem}: {outcome}', flush=True)
     if chosen.html and notebook is not None:
       write_page(notebook, chosen.html / f'{path.stem}.html')
