@@ -120,12 +120,17 @@ def scatter(points: np.ndarray, data: np.ndarray | None = None) -> np.ndarray:
 
 
 def curves(
-  rows: Sequence[Mapping[str, float]], x: str, ys: Sequence[str], *, log_x: bool = True
+  rows: Sequence[Mapping[str, float]],
+  x: str,
+  ys: Sequence[str],
+  *,
+  log_x: bool = True,
+  log_y: bool = True,
 ) -> np.ndarray:
-  """A plot u8[H, W, 3] of columns `ys` of a table against column `x`, on log axes.
+  """A plot u8[H, W, 3] of columns `ys` of a table against column `x`.
 
-  Values that are not positive leave gaps in the lines. If no value is positive, the
-  vertical axis is linear.
+  The axes are logarithmic if `log_x` and `log_y`; then values that are not positive
+  leave gaps in the lines, unless no value is positive: the vertical axis is linear.
   """
   figure = _figure(6, 4)
   axes = figure.add_subplot()

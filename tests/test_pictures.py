@@ -109,6 +109,18 @@ def test_curves_leave_a_gap_at_values_that_a_log_axis_cannot_show():
   )
 
 
+def test_a_linear_axis_shows_values_that_are_not_positive():
+  rows = [{'t': t, 'y': y} for t, y in ((1.0, 1.0), (2.0, -1.0), (3.0, 1.0))]
+  straight = [{'t': row['t'], 'y': 1.0} for row in rows]
+  heights = []
+  for table in (rows, straight):
+    plot = pictures.curves(table, 't', ('y',), log_x=False, log_y=False)
+    blue = np.all(np.abs(plot.astype(int) - BLUE) < 30, axis=-1)[100:]
+    heights.append(np.ptp(np.nonzero(blue)[0]))
+  assert heights[0] > 300  # of 480: a line down and up again
+  assert heights[1] < 20
+
+
 # In a notebook -----------------------------------------------------------------------
 
 
