@@ -13,6 +13,7 @@ from cmjax.contract_parts import (
   CLASSES,
   ContractError,
   all_zero,
+  compiled,
   contract,
   difference,
   rows_that_differ,
@@ -46,8 +47,8 @@ def network_case(
   build = functools.partial(build, **settings)
   network = build(dropout=0.5)
   inputs = _inputs(network, shape)
-  compiled = jax.jit(network.apply), some_params(network, *inputs), inputs
-  return NetworkCase(build, keywords, shape, uniform_at_first, *compiled)
+  made = compiled(network.apply), some_params(network, *inputs), inputs
+  return NetworkCase(build, keywords, shape, uniform_at_first, *made)
 
 
 def _inputs(network: Network, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Any:
@@ -115,7 +116,7 @@ def dtype_is_kept(case: NetworkCase) -> None:
   dtypes = {str(p.dtype) for p in jax.tree.leaves((case.params, kept))}
   if dtypes != {'float32'}:
     raise ContractError(f'parameters are {", ".join(sorted(dtypes))}; keep float32')
-  rough = jax.jit(half.apply)(case.params, *case.inputs)
+  rough = compiled(half.apply)(case.params, *case.inputs)
   exact = case.apply(case.params, *case.inputs)
   if (rough.dtype, exact.dtype) != (jnp.bfloat16, jnp.float32):
     raise ContractError(
@@ -143,13 +144,13 @@ def jvp_is_the_derivative(case: NetworkCase) -> None:
     params = some_params(network, x, c_noise, cond, jnp.float64)
     direction = jax.random.normal(jax.random.key(6), x.shape, x.dtype)
 
-    @jax.jit
+    @compiled
     def along(h):
       key = jax.random.key(7)  # the same mask at every point
       return network.apply(params, x + h * direction, c_noise + h, cond, key=key)
 
     try:
-      tangent = jax.jit(lambda: jax.jvp(along, (0.0,), (1.0,))[1])()
+      tangent = compiled(lambda: jax.jvp(along, (0.0,), (1.0,))[1])()
     except (TypeError, NotImplementedError) as error:
       raise ContractError(
         f'jax.jvp fails: {first_line(error)}; use jax.custom_jvp, not custom_vjp'
@@ -170,7 +171,7 @@ def two_times_differ(case: NetworkCase) -> None:
   """With num_times=2 each time has an effect of its own, on its example alone."""
   network = case.build(num_times=2)
   x, c_noise, cond = _inputs(network, case.shape)
-  apply, params = jax.jit(network.apply), some_params(network, x, c_noise, cond)
+  apply, params = compiled(network.apply), some_params(network, x, c_noise, cond)
   plain = apply(params, x, c_noise, cond)
   swapped = c_noise.at[2].set(c_noise[2, ::-1])
   changes = c_noise.at[2, 0].add(0.5), c_noise.at[2, 1].add(0.5), swapped
@@ -193,12 +194,10 @@ def log_weight_is_apart(case: NetworkCase) -> None:
     raise ContractError('Network.log_weight must be None exactly without log_weight')
   log_weight, inputs = network.log_weight, _inputs(network, case.shape)
   c_noise = inputs[1]
-  fresh = jax.jit(lambda: network.init(jax.random.key(0), *inputs)[LOG_WEIGHT])()
+  fresh = compiled(lambda: network.init(jax.random.key(0), *inputs)[LOG_WEIGHT])()
   first = log_weight({LOG_WEIGHT: fresh}, c_noise)
   if bool(jnp.all(first == 0)) != case.uniform_at_first:
-    raise ContractError(
-      f'at initialisation log w is {first}; it is zero exactly if uniform_at_first'
-    )
+    raise ContractError(f'log w is {first} at first; zero exactly if uniform_at_first')
   params = some_params(network, *inputs)
   if (distinct := len(np.unique(log_weight(params, c_noise)))) != 4:
     raise ContractError(f'log w has {distinct} values at 4 noise levels; use c_noise')
@@ -238,7 +237,7 @@ def attentions_agree(case: NetworkCase) -> None:
   params = some_params(default, *case.inputs)
 
   def gradient_of_jvp(network):
-    @jax.jit
+    @compiled
     @jax.value_and_grad
     def loss(params):
       point = (x, c_noise), (jnp.ones_like(x), jnp.ones_like(c_noise))

@@ -26,6 +26,7 @@ from cmjax.contract_parts import (
   ContractError,
   all_finite,
   all_zero,
+  compiled,
   contract,
   difference,
   small_batch,
@@ -89,7 +90,7 @@ def check_perceptual(build: Callable[[Model, Distance], Loss]) -> None:
   loss = build(f, Distance(measure, degree=2, perceptual=True))
   batch = small_batch()._replace(cond=None)
 
-  @jax.jit
+  @compiled
   @jax.value_and_grad
   def mean(params, features):
     nets = Nets(params, jax.lax.stop_gradient(params), params, features)
