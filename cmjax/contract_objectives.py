@@ -129,11 +129,6 @@ def draws_come_from_keys(case: ObjectiveCase) -> None:
   The network has dropout. The objective is traced twice: a draw of NumPy, or a state
   outside the arguments, is another constant the second time.
   """
-  first, again, other = (_measured(case, seed=seed)[1].loss for seed in (3, 3, 4))
-  if not same(first, again):
-    raise ContractError('equal arguments give other losses; draw from `keys` alone')
-  if same(first, other):
-    raise ContractError('other keys give equal losses; draw from `keys`')
 
   def traced():
     def loss(nets, batch, keys):  # a new function, which is traced again
@@ -143,12 +138,17 @@ def draws_come_from_keys(case: ObjectiveCase) -> None:
     return re.sub('0x[0-9a-f]+', '', str(program.jaxpr)), program.consts
 
   try:
+    first, again, other = (_measured(case, seed=seed)[1].loss for seed in (3, 3, 4))
     with jax.debug_key_reuse(True):
       (text, values), (text_again, values_again) = traced(), traced()
   except jax.errors.KeyReuseError as error:
     raise ContractError(
       'a key is used for two draws; use each of `keys` for one, or split it'
     ) from error
+  if not same(first, again):
+    raise ContractError('equal arguments give other losses; draw from `keys` alone')
+  if same(first, other):
+    raise ContractError('other keys give equal losses; draw from `keys`')
   if text != text_again or not all(map(same, values, values_again)):
     raise ContractError(
       'traced twice, it is not the same program; draw from `keys` with jax.random, and '
@@ -174,9 +174,7 @@ def online_alone_is_trained(case: ObjectiveCase) -> None:
   """The gradient of the online network is finite and not zero; others have none."""
   gradient, _ = _measured(case)
   if not all_finite(gradient.online):
-    raise ContractError(
-      'the gradient is not finite; give norms a floor, and select inputs of the network'
-    )
+    raise ContractError('the gradient is not finite; give norms and divisors a floor')
   if all_zero(gradient.online):
     raise ContractError('the gradient is zero; evaluate f(nets.online, ...)')
   for name in ('target', 'teacher', 'reference'):
