@@ -24,10 +24,10 @@ from cmjax.core import LOG_WEIGHT, Array, Network, Params, first_line
 
 
 class NetworkCase(NamedTuple):
-  """A network to check: how to build it, and one with dropout 0.5, compiled."""
+  """A network to check: how to make it, and one with dropout 0.5, compiled."""
 
-  build: Callable[..., Network]
-  keywords: frozenset[str]  # that `build` takes
+  make: Callable[..., Network]
+  keywords: frozenset[str]  # that `make` takes
   shape: tuple[int, ...]  # of an example
   uniform_at_first: bool
   apply: Callable[..., Array]
@@ -36,19 +36,19 @@ class NetworkCase(NamedTuple):
 
 
 def network_case(
-  build: Callable[..., Network],
+  make: Callable[..., Network],
   shape: tuple[int, ...],
   *,
   uniform_at_first: bool = True,
   **settings: Any,
 ) -> NetworkCase:
   """The case of `check_network`."""
-  keywords = frozenset(inspect.signature(build).parameters)
-  build = functools.partial(build, **settings)
-  network = build(dropout=0.5)
+  keywords = frozenset(inspect.signature(make).parameters)
+  make = functools.partial(make, **settings)
+  network = make(dropout=0.5)
   inputs = _inputs(network, shape)
   made = compiled(network.apply), some_params(network, *inputs), inputs
-  return NetworkCase(build, keywords, shape, uniform_at_first, *made)
+  return NetworkCase(make, keywords, shape, uniform_at_first, *made)
 
 
 def _inputs(network: Network, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Any:
@@ -111,7 +111,7 @@ def labels_are_required(case: NetworkCase) -> None:
 @contract
 def dtype_is_kept(case: NetworkCase) -> None:
   """dtype='bfloat16' computes and returns bfloat16; parameters stay float32."""
-  half = case.build(dropout=0.5, dtype='bfloat16')
+  half = case.make(dropout=0.5, dtype='bfloat16')
   kept = jax.eval_shape(half.init, jax.random.key(0), *case.inputs)
   dtypes = {str(p.dtype) for p in jax.tree.leaves((case.params, kept))}
   if dtypes != {'float32'}:
@@ -139,7 +139,7 @@ def jvp_is_the_derivative(case: NetworkCase) -> None:
   the network raises no error, but sets tangents to zero.
   """
   with jax.enable_x64(True):
-    network = case.build(dropout=0.3, dtype='float64')
+    network = case.make(dropout=0.3, dtype='float64')
     x, c_noise, cond = _inputs(network, case.shape, jnp.float64)
     params = some_params(network, x, c_noise, cond, jnp.float64)
     direction = jax.random.normal(jax.random.key(6), x.shape, x.dtype)
@@ -169,7 +169,7 @@ def jvp_is_the_derivative(case: NetworkCase) -> None:
 @contract
 def two_times_differ(case: NetworkCase) -> None:
   """With num_times=2 each time has an effect of its own, on its example alone."""
-  network = case.build(num_times=2)
+  network = case.make(num_times=2)
   x, c_noise, cond = _inputs(network, case.shape)
   apply, params = compiled(network.apply), some_params(network, x, c_noise, cond)
   plain = apply(params, x, c_noise, cond)
@@ -189,7 +189,7 @@ def two_times_differ(case: NetworkCase) -> None:
 @contract
 def log_weight_is_apart(case: NetworkCase) -> None:
   """log_weight=True adds a learned weighting, which shares no parameters with F."""
-  network, plain = case.build(log_weight=True), case.build()
+  network, plain = case.make(log_weight=True), case.make()
   if network.log_weight is None or plain.log_weight is not None:
     raise ContractError('Network.log_weight must be None exactly without log_weight')
   log_weight, inputs = network.log_weight, _inputs(network, case.shape)
@@ -219,7 +219,7 @@ def num_times_is_checked(case: NetworkCase) -> None:
       continue
     text = 'no error'
     try:
-      case.build(**given)
+      case.make(**given)
     except ValueError as error:
       text = first_line(error)
     if 'num_times' not in text or str(given['num_times']) not in text:
@@ -230,10 +230,10 @@ def num_times_is_checked(case: NetworkCase) -> None:
 def attentions_agree(case: NetworkCase) -> None:
   """Each attention_implementation, and remat, compute the same F, dF and gradients."""
   x, c_noise, cond = case.inputs
-  build = functools.partial(
-    case.build, channel_mult=(1,), attention_resolutions=case.shape[:1]
+  make = functools.partial(
+    case.make, channel_mult=(1,), attention_resolutions=case.shape[:1]
   )
-  default = build()
+  default = make()
   params = some_params(default, *case.inputs)
 
   def gradient_of_jvp(network):
@@ -249,7 +249,7 @@ def attentions_agree(case: NetworkCase) -> None:
   expected = gradient_of_jvp(default)
   chunked = dict(attention_implementation='chunked', remat=True)
   for given in (chunked, dict(attention_implementation='fused')):
-    other = build(**given)
+    other = make(**given)
     init = jax.eval_shape(other.init, jax.random.key(0), *case.inputs)
     if jax.tree.structure(init) != jax.tree.structure(params):
       raise ContractError(f'{given} changes the parameters')
@@ -275,7 +275,7 @@ NETWORK = {
 
 
 def check_network(
-  build: Callable[..., Network],
+  make: Callable[..., Network],
   shape: tuple[int, ...],
   *,
   uniform_at_first: bool = True,
@@ -283,17 +283,17 @@ def check_network(
 ) -> None:
   """Checks a network with dropout, labels and dtypes.
 
-  Two times, a learned weighting and attention, if `build` has keywords for them.
+  Two times, a learned weighting and attention, if `make` has keywords for them.
 
   Args:
-    build: the network, a function with keywords that include `dropout` and `dtype`.
+    make: the network, a function with keywords that include `dropout` and `dtype`.
     shape: of an example, such as (8, 8, 3).
     uniform_at_first: whether a learned weighting is 1 at initialisation.
     **settings: of a small network.
 
   Raises: ContractError naming the first property of `NETWORK` that does not hold.
   """
-  case = network_case(build, shape, uniform_at_first=uniform_at_first, **settings)
+  case = network_case(make, shape, uniform_at_first=uniform_at_first, **settings)
   for check, needed in NETWORK.items():
     if needed <= case.keywords:
       check(case)

@@ -61,9 +61,9 @@ EXTREMES = ((1e-3, 0.9), (300.0, 0.9), (1e-3, 0.0), (300.0, 0.0))  # t, r / t
 
 
 class ObjectiveCase(NamedTuple):
-  """An objective to check: how to build it, and one whose network has dropout."""
+  """An objective to check: how to make it, and one whose network has dropout."""
 
-  build: Callable[..., Loss]
+  make: Callable[..., Loss]
   form: str
   from_zero: bool
   loss: Loss
@@ -71,20 +71,20 @@ class ObjectiveCase(NamedTuple):
   gradient: Callable[[Nets, Batch, dict[str, Key]], tuple[Nets, LossOut]]  # compiled
 
 
-def built(build: Callable[..., Loss], f: Model, draws: Draws = USUAL) -> Loss:
-  """build(f, draws), or build(f) if it does not name `draws`."""
-  takes = 'draws' in inspect.signature(build).parameters
-  return build(f, draws=draws) if takes else build(f)
+def built(make: Callable[..., Loss], f: Model, draws: Draws = USUAL) -> Loss:
+  """make(f, draws), or make(f) if it does not name `draws`."""
+  takes = 'draws' in inspect.signature(make).parameters
+  return make(f, draws=draws) if takes else make(f)
 
 
 def objective_case(
-  build: Callable[..., Loss], *, form: str = 'edm', from_zero: bool = True
+  make: Callable[..., Loss], *, form: str = 'edm', from_zero: bool = True
 ) -> ObjectiveCase:
   """The case of `check_objective`."""
   checks.choice(('edm', 'trigflow', 'two_time'), form=form)
   f, params = small_model(form, dropout=0.5)
   nets = Nets(params, params, params, reference=small_reference())
-  loss = built(build, f)
+  loss = built(make, f)
 
   def mean(nets, batch, keys):
     out = loss(nets, batch, jnp.int32(STEP), keys)
@@ -93,7 +93,7 @@ def objective_case(
     return jnp.mean(out.loss), out
 
   gradient = compiled(jax.grad(mean, has_aux=True, allow_int=True))
-  return ObjectiveCase(build, form, from_zero, loss, nets, gradient)
+  return ObjectiveCase(make, form, from_zero, loss, nets, gradient)
 
 
 def keys_of_step(seed: int = 3) -> dict[str, Key]:
@@ -219,7 +219,7 @@ def exact_model_has_no_loss(case: ObjectiveCase) -> None:
   A denoiser, a consistency function and a flow map are then the same: that point.
   """
   with jax.enable_x64(True):
-    loss = built(case.build, exact_of_one_point(case.form))
+    loss = built(case.make, exact_of_one_point(case.form))
     batch = small_batch()._replace(x0=jnp.full((BATCH, *SHAPE), CENTRE))
     reference = small_reference()
     reference = reference._replace(examples=jnp.full_like(reference.examples, CENTRE))
@@ -249,7 +249,7 @@ def exact_model_has_no_loss(case: ObjectiveCase) -> None:
 def extreme_times_are_finite(case: ObjectiveCase, dtype: str = 'float32') -> None:
   """Loss and gradient are finite for t = 0.001 and 300, and r near t and 0.
 
-  Needs a `build` that takes `draws`. `dtype`: of the network, also 'bfloat16'.
+  Needs a `make` that takes `draws`. `dtype`: of the network, also 'bfloat16'.
   """
   f, params = small_model(case.form, dtype=dtype)
   at: dict[str, Any] = dict(t=1.0, ratio=0.9)  # read when traced: compiled once
@@ -267,7 +267,7 @@ def extreme_times_are_finite(case: ObjectiveCase, dtype: str = 'float32') -> Non
     pairs,
     unit_pairs,
   )
-  loss = built(case.build, f, draws)
+  loss = built(case.make, f, draws)
 
   @compiled
   @jax.value_and_grad

@@ -18,7 +18,7 @@ from cmjax.samplers import Sampler
 class PrecondCase(NamedTuple):
   """A preconditioning to check."""
 
-  build: Callable[[Network], Model]
+  make: Callable[[Network], Model]
   boundary: float = 0.0  # the sigma where f(x, sigma) = x
   num_times: int = 1
 
@@ -28,7 +28,7 @@ class PrecondCase(NamedTuple):
     def apply(params, x, c_noise, cond, *, key=None):
       return value * jnp.ones_like(x)
 
-    f = self.build(Network(lambda *inputs: None, apply, self.num_times))
+    f = self.make(Network(lambda *inputs: None, apply, self.num_times))
     x = jax.random.normal(jax.random.key(8), (4, *SHAPE))
     return lambda sigma: (x, f(None, x, jnp.full(4, sigma), None))
 
@@ -71,7 +71,7 @@ def outside_is_float32(case: PrecondCase) -> None:
   x, sigma = jnp.ones((2, *SHAPE)), jnp.ones(2)
   c_noise = sigma if n == 1 else jnp.ones((2, n))
   params = some_params(network, x, c_noise, None)
-  dtype = case.build(network)(params, x, sigma, None).dtype
+  dtype = case.make(network)(params, x, sigma, None).dtype
   if dtype != jnp.float32:
     raise ContractError(f'f is {dtype}; cast the output of the network to that of x')
 
@@ -80,19 +80,19 @@ PRECOND = (boundary_is_the_identity, boundary_is_of_first_order, outside_is_floa
 
 
 def check_precond(
-  build: Callable[[Network], Model], *, boundary: float = 0.0, num_times: int = 1
+  make: Callable[[Network], Model], *, boundary: float = 0.0, num_times: int = 1
 ) -> None:
   """Checks a preconditioning: its boundary condition, and its dtype.
 
   Args:
-    build: the preconditioning, a function of a network.
+    make: the preconditioning, a function of a network.
     boundary: the noise level where f(x, sigma) = x.
     num_times: of its networks.
 
   Raises: ContractError naming the first property of `PRECOND` that does not hold.
   """
   for check in PRECOND:
-    check(PrecondCase(build, boundary, num_times))
+    check(PrecondCase(make, boundary, num_times))
 
 
 # Samplers -----------------------------------------------------------------------------

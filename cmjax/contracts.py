@@ -49,7 +49,7 @@ __all__ = [
 
 
 def check_objective(
-  build: Callable[..., Loss], *, form: str = 'edm', from_zero: bool = True
+  make: Callable[..., Loss], *, form: str = 'edm', from_zero: bool = True
 ) -> None:
   """Checks an objective with a small network, labels and a reference set.
 
@@ -57,24 +57,24 @@ def check_objective(
   extreme times; `draws` is a `contract_objectives.Draws`.
 
   Args:
-    build: the objective, a function of a model `f`, and of `draws` if it names them.
+    make: the objective, a function of a model `f`, and of `draws` if it names them.
     form: the preconditioning of the model: 'edm', 'trigflow' or 'two_time'.
     from_zero: whether it is defined for pairs of times with r = 0.
 
   Raises: ContractError naming the first property that does not hold.
   """
-  case = objective_case(build, form=form, from_zero=from_zero)
+  case = objective_case(make, form=form, from_zero=from_zero)
   for check in OBJECTIVE:
     check(case)
   extreme_times_are_finite(case, 'bfloat16')
 
 
 @contract
-def check_perceptual(build: Callable[[Model, Distance], Loss]) -> None:
+def check_perceptual(make: Callable[[Model, Distance], Loss]) -> None:
   """Checks an objective with a distance that has a network, as LPIPS.
 
   Args:
-    build: the objective, a function of a model and a `Distance`.
+    make: the objective, a function of a model and a `Distance`.
 
   Raises: ContractError if gradients are not finite, the parameters of the distance are
     not those of `Nets.perceptual`, or None there is no ValueError.
@@ -87,7 +87,7 @@ def check_perceptual(build: Callable[[Model, Distance], Loss]) -> None:
 
     return jnp.sum((look(a) - look(b)) ** 2, axis=1)
 
-  loss = build(f, Distance(measure, degree=2, perceptual=True))
+  loss = make(f, Distance(measure, degree=2, perceptual=True))
   batch = small_batch()._replace(cond=None)
 
   @compiled
@@ -128,7 +128,7 @@ class GradientAtExact(NamedTuple):
 
 
 def gradient_at_exact(
-  build: Callable[[Model], Loss],
+  make: Callable[[Model], Loss],
   oracle: oracles.Mixture,
   exact: Callable[[Array, Array], Array],
   *,
@@ -152,7 +152,7 @@ def gradient_at_exact(
   not vanish with the gap.
 
   Args:
-    build: the objective, a function of a model on the variance-exploding process.
+    make: the objective, a function of a model on the variance-exploding process.
     oracle: the distribution of the data.
     exact: (x f32[B, D], sigma f32[B]) -> f32[B, D], such as `oracles.denoiser`, or
       `oracles.consistency` ending at a small sigma, of `oracle`.
@@ -188,7 +188,7 @@ def gradient_at_exact(
       'k,kbj->bj', params, jnp.cos(inner)
     )
 
-  loss = build(f)
+  loss = make(f)
   off = jnp.full(num_directions, size / num_directions**0.5)
 
   def gradient(theta, key):
@@ -217,7 +217,7 @@ def gradient_at_exact(
 
 
 def check_minimiser(
-  build: Callable[[Model], Loss],
+  make: Callable[[Model], Loss],
   oracle: oracles.Mixture,
   exact: Callable[[Array, Array], Array],
   *,
@@ -227,7 +227,7 @@ def check_minimiser(
   """Checks that the exact model of a known distribution is stationary, up to a bias.
 
   Args:
-    build: as for `gradient_at_exact`.
+    make: as for `gradient_at_exact`.
     oracle: the distribution of the data.
     exact: its denoiser or consistency map.
     bias: the largest allowed ratio of the gradients `exact` and `perturbed`.
@@ -236,7 +236,7 @@ def check_minimiser(
   Raises: ContractError if the mean gradient at the exact model is larger, by three
     standard errors, or noise hides a gradient of this size.
   """
-  measured = gradient_at_exact(build, oracle, exact, **settings)
+  measured = gradient_at_exact(make, oracle, exact, **settings)
   allowed = bias * measured.perturbed
   at = f'the mean gradient is {measured.exact:.2g} +- {measured.noise:.2g} there'
   if not measured.exact <= allowed + 3 * measured.noise:
