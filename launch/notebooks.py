@@ -57,7 +57,11 @@ print(
 
 
 class NotebookError(Exception):
-  """A cell that failed: its notebook, number, id and traceback."""
+  """A cell that failed: its number, id and traceback, and the notebook so far."""
+
+  def __init__(self, text: str, notebook: nbformat.NotebookNode | None = None):
+    super().__init__(text)
+    self.notebook = notebook
 
 
 class _ThisPython(KernelSpecManager):
@@ -146,9 +150,7 @@ def _described(
       if output.output_type == 'error' and isinstance(error, CellExecutionError):
         place = f'{path.name}, cell {number} (id {cell.id})'
         trace = '\n'.join(output.traceback) or f'{output.ename}: {output.evalue}'
-  described = NotebookError(f'{place}:\n' + re.sub(r'\x1b\[[\d;]*m', '', trace))
-  described.notebook = notebook
-  return described
+  return NotebookError(f'{place}:\n' + re.sub(r'\x1b\[[\d;]*m', '', trace), notebook)
 
 
 def stripped(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
@@ -229,14 +231,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
   failed = False
   for path in paths(chosen.names):
     begun = time.monotonic()
+    notebook = None
     try:
       notebook = execute(path, short=chosen.short)
       outcome = f'{time.monotonic() - begun:.0f} s'
       if chosen.pictures:
         path.with_suffix('.png').write_bytes(picture(notebook))
     except NotebookError as e:
-      failed, outcome = True, f'failed\n{e}'
-      notebook = getattr(e, 'notebook', None)
+      failed, outcome, notebook = True, f'failed\n{e}', notebook or e.notebook
     print(f'{path.stem}: {outcome}', flush=True)
     if chosen.html and notebook is not None:
       write_page(notebook, chosen.html / f'{path.stem}.html')
