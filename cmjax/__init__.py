@@ -15,6 +15,7 @@ To train and use a model (each name is imported when it is first used):
   evaluation          evaluation.table(...): samplers by metrics, as --mode=evaluate
   search              for the best noise levels, by any measure
   pictures            pictures.show(x): samples or points, in a notebook
+  contracts           contracts.check_objective(build): checks of one's own objective
 
 What these are made of, pure functions of arrays:
 
@@ -40,9 +41,10 @@ __version__ = '0.3.0.dev0'
 # Names of the README that are not modules of this folder.
 _FROM_RUNTIME = ('config', 'pretrained', 'reopen', 'run')
 _MODULES = (
-  *('core', 'diffusion_samplers', 'distances', 'editing', 'evaluation', 'fields'),
-  *('guidance', 'inversion', 'oracles', 'pictures', 'precond', 'process', 'samplers'),
-  *('sampling', 'schedules', 'search', 'solvers', 'times', 'train', 'weightings'),
+  *('contracts', 'core', 'diffusion_samplers', 'distances', 'editing', 'evaluation'),
+  *('fields', 'guidance', 'inversion', 'oracles', 'pictures', 'precond', 'process'),
+  *('samplers', 'sampling', 'schedules', 'search', 'solvers', 'times', 'train'),
+  'weightings',
 )
 
 startup.fast_convolutions()

@@ -134,7 +134,7 @@ def curves(
   """
   figure = _figure(6, 4)
   axes = figure.add_subplot()
-  log_y = any(row[y] > 0 for row in rows for y in ys)
+  log_y = log_y and any(row[y] > 0 for row in rows for y in ys)
   for y in ys:
     shown = [row[y] if row[y] > 0 or not log_y else math.nan for row in rows]
     axes.plot([row[x] for row in rows], shown, '.-', label=y)

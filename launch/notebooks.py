@@ -40,7 +40,8 @@ import importlib.util, pathlib, subprocess, sys
 if importlib.util.find_spec('cmjax') is None:
   checkout = pathlib.Path('../setup.cfg').exists()
   source = '..' if checkout else 'git+https://github.com/cmjax/cmjax'
-  if subprocess.run([sys.executable, '-m', 'pip', 'install', '-q', source]).returncode:
+  install = [sys.executable, '-m', 'pip', 'install', '-q', source]
+  if subprocess.run(install, capture_output=True).returncode:
     raise SystemExit(
       'cmjax is missing and could not be installed; '
       'in a checkout, run: pip install -e .'

@@ -19,6 +19,8 @@ FLOORS = {
     *('objectives.*', 'networks.*', 'metrics.*', 'studies.*'),
     *('samplers', 'diffusion_samplers', 'guidance', 'oracles', 'optimizers'),
     *('ema', 'likelihood', 'search', 'editing', 'inversion'),
+    *('contracts', 'contract_networks', 'contract_objectives', 'contract_parts'),
+    'contract_samplers',
   ],
   'doors': ['pictures', 'runtime.*', 'data.*', 'port.*'],
   'programs': [
@@ -65,7 +67,7 @@ BANNED = {
   r'config\.get\(': [],
   r'jax\.jit': [
     *('train', 'sampling', 'evaluation', 'modes.*', 'studies.*', 'runtime.state'),
-    *('runtime.classifier', 'data_features'),
+    *('runtime.classifier', 'data_features', 'contracts', 'contract_parts'),
   ],
   r'\bprint\(': ['runtime.logs', 'runtime.errors', 'modes.configs', 'modes.report'],
   r'\b(run as runs|config as configs|workdir as workdirs|process as processes)\b': [],

@@ -8,16 +8,13 @@ import re
 import shlex
 import sys
 
-import jax
 import pytest
 
 import cmjax
-from cmjax import main
+from cmjax import contracts, main
 from cmjax.configs import parts
-from cmjax.objectives import denoise
 from cmjax.runtime.config import overridden, read, shipped
 from cmjax.runtime.flags import parsed
-from tests import test_contracts as contracts
 from tests.conftest import ROOT
 
 TOP = ROOT / 'README.md'
@@ -94,8 +91,7 @@ def test_functions_that_are_named_exist(path):
 @each_readme
 def test_python_blocks_compile_and_their_imports_work(path):
   for block in blocks(path, 'python'):
-    if not block.startswith("'"):  # a row of a table
-      compile(block, str(path), 'exec')
+    compile(block, str(path), 'exec')
     for line in re.findall(r'^(?:from|import) .*$', block, re.M):
       exec(line, {})
 
@@ -148,20 +144,13 @@ def test_the_objective_of_the_readme_trains(example):
   assert len(text_of(example / 'run' / 'metrics.jsonl').splitlines()) >= 2
 
 
-def test_the_objective_of_the_readme_passes_the_contract(example, monkeypatch):
+def test_the_objective_of_the_readme_passes_its_check(example, monkeypatch):
   monkeypatch.syspath_prepend(str(example))
   plain = importlib.import_module('mylab.losses').plain
-  monkeypatch.setattr(denoise, 'plain', plain, raising=False)
-  row = next(b for b in blocks(TOP, 'python') if b.startswith("'denoise:plain'"))
-  ((name, build),) = eval(f'{{{row}}}', {'denoise': denoise}).items()
-  monkeypatch.setitem(contracts.OBJECTIVES, name, build)
-  f, params = contracts.small_model(name, dropout=0.5)
-  nets = contracts.core.Nets(params, params, params, None, contracts.a_reference())
-  objective = jax.jit(build(f)), nets
-  contracts.test_objective_gives_one_finite_number_an_example(objective)
-  contracts.test_objective_is_a_function_of_its_arguments_alone(objective)
-  contracts.test_objective_keeps_examples_apart(objective)
-  contracts.test_objective_differentiates_only_the_online_network(objective)
+  check = next(b for b in blocks(TOP, 'python') if b.startswith('contracts.'))
+  exec(check, {'contracts': contracts, 'plain': plain})
+  with pytest.raises(contracts.ContractError, match='return LossOut'):
+    exec(check, {'contracts': contracts, 'plain': lambda f, sigma: lambda *rest: None})
 
 
 def test_the_citation_has_the_version_of_the_package():

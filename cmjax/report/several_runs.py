@@ -36,10 +36,10 @@ def page(contents: Sequence[Contents], folder: Path) -> str:
   runs, album = _named(contents), Album()
   parts = {
     'runs': ('The runs', safely(_facts, runs, folder)),
-    'config': ('Where their configs differ', safely(_differences, runs)),
     'evaluation': ('How good they are', safely(_evaluations, runs)),
     'pictures': ('What they make', safely(_pictures, runs, album)),
     'training': ('How they went', safely(_curves, runs)),
+    'config': ('Where their configs differ', safely(_differences, runs)),
   }
   title = f'{len(runs)} runs: {", ".join(runs)}'
   body = together(

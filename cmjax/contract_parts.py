@@ -1,0 +1,160 @@
+"""The error of a contract, and what all contracts are checked with."""
+
+from collections.abc import Callable
+import functools
+from typing import Any, ParamSpec
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cmjax import precond
+from cmjax.core import Array, Batch, Model, Network, Params, expand
+from cmjax.fields import Reference
+from cmjax.networks import mlp
+
+BATCH = 8
+SHAPE = (4, 4, 1)  # of an example
+CLASSES = 3
+CENTRE = 0.25  # of data that is one point
+
+Arguments = ParamSpec('Arguments')
+
+
+class ContractError(AssertionError):
+  """A property that does not hold, in one line: which, by how much, what to do."""
+
+
+def contract(check: Callable[Arguments, None]) -> Callable[Arguments, None]:
+  """Makes a function that raises ContractError a property: its name leads the error."""
+
+  @functools.wraps(check)
+  def property_(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
+    try:
+      check(*args, **kwargs)
+    except ContractError as error:
+      raise ContractError(f'{check.__name__}: {error}') from error.__cause__
+
+  return property_
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+  """`jax.jit`, optimised less on CPUs: a check is compiled once, and runs twice."""
+  quick = dict(xla_backend_optimization_level=0, xla_llvm_disable_expensive_passes=True)
+  on_cpu = jax.default_backend() == 'cpu'
+  return jax.jit(function, compiler_options=quick if on_cpu else {})
+
+
+def same(a: Any, b: Any) -> bool:
+  """Whether two arrays are equal bit for bit."""
+  return np.array_equal(np.asarray(a), np.asarray(b))
+
+
+def rows_that_differ(a: Array, b: Array) -> list[int]:
+  """The indices of the rows in which two arrays differ."""
+  return [i for i in range(len(a)) if not same(a[i], b[i])]
+
+
+def all_zero(tree: Params) -> bool:
+  """Whether every array of a tree is zero; integers have no gradient, and count."""
+  leaves = (a for a in jax.tree.leaves(tree) if a.dtype != jax.dtypes.float0)
+  return not any(np.any(np.asarray(a)) for a in leaves)
+
+
+def all_finite(tree: Params) -> bool:
+  """Whether every number of a tree of arrays is finite."""
+  return all(np.all(np.isfinite(a)) for a in jax.tree.leaves(tree))
+
+
+def difference(a: Params, b: Params) -> float:
+  """The largest difference of two trees, as a multiple of what rounding explains.
+
+  That is 1e-3 of each number and 1e-4 of the largest of its array, for the same
+  mathematics in float32 in another order of operations.
+  """
+
+  def one(a, b):
+    a, b = np.asarray(a), np.asarray(b)
+    allowed = 1e-3 * np.abs(b) + 1e-4 * np.max(np.abs(b))
+    return np.max(np.abs(a - b) / np.where(allowed > 0, allowed, 1e-30))
+
+  return max(float(v) for v in jax.tree.leaves(jax.tree.map(one, a, b)))
+
+
+def some_params(
+  network: Network, x: Array, c_noise: Array, cond: Array | None, dtype: Any = None
+) -> Params:
+  """Parameters of order one, so that nothing vanishes by an initial zero."""
+  draw = np.random.default_rng(1)
+
+  def some(path, a):
+    spread = np.prod(a.shape[:-1]) ** -0.5 if a.ndim > 1 else 0.1
+    around = 1.0 if 'scale' in jax.tree_util.keystr(path) else 0.0
+    return jnp.asarray(around + spread * draw.normal(size=a.shape), dtype or a.dtype)
+
+  shapes = jax.eval_shape(network.init, jax.random.key(0), x, c_noise, cond)
+  return jax.tree.map_with_path(some, shapes)
+
+
+def small_model(
+  form: str = 'edm', labels: bool = True, **keywords: Any
+) -> tuple[Model, Params]:
+  """A model with a small network, and parameters of order one.
+
+  Args:
+    form: 'edm', 'trigflow' or 'two_time', the preconditioning.
+    labels: whether it is conditional.
+    **keywords: of `networks.mlp`.
+  """
+  num_times = 2 if form == 'two_time' else 1
+  sizes = dict(width=16, num_blocks=1, embedding=8, num_times=num_times)
+  network = mlp.mlp(**sizes, log_weight=form == 'trigflow', **keywords)
+  c_noise = jnp.zeros((1, num_times) if num_times > 1 else 1)
+  cond = jnp.zeros((1, CLASSES)) if labels else None
+  params = some_params(network, jnp.zeros((1, *SHAPE)), c_noise, cond, jnp.float32)
+  return getattr(precond, form)(network), params
+
+
+def small_batch() -> Batch:
+  """Eight examples with labels, inside [-1, 1]."""
+  x0 = jnp.clip(0.5 * jax.random.normal(jax.random.key(2), (BATCH, *SHAPE)), -1, 1)
+  cond = jax.nn.one_hot(jnp.arange(BATCH) % CLASSES, CLASSES)
+  return Batch(x0, cond, jnp.arange(BATCH))
+
+
+def small_reference() -> Reference:
+  """A reference set of twice as many examples as a batch, of the same classes."""
+  index = np.arange(2 * BATCH)
+  classes, slots = index % CLASSES, index // CLASSES
+  examples = np.zeros((CLASSES, slots[-1] + 1, *SHAPE), np.float32)
+  draw = np.random.default_rng(4)
+  examples[classes, slots] = 0.5 * draw.normal(size=(2 * BATCH, *SHAPE))
+  parts = examples, np.bincount(classes), slots, np.float32(0), np.float32(1)
+  return Reference(*map(jnp.asarray, parts))
+
+
+def exact_of_one_point(form: str) -> Model:
+  """A model that is exact for data that is CENTRE alone, where its parameter is 1."""
+
+  def off(params, x):
+    return (params - 1.0) * x
+
+  def angle(params, x, t, cond, *, key=None):
+    t = expand(t, x)
+    return (jnp.cos(t) * x - CENTRE / 0.5) / jnp.sin(t) + off(params, x)
+
+  def velocity(params, x, c_noise, cond, *, key=None):
+    return (x - CENTRE) / expand(c_noise[:, 0], x) + off(params, x)
+
+  def data_itself(params, x, sigma, cond, *, key=None):
+    return CENTRE + off(params, x)
+
+  if form == 'trigflow':
+    return precond.trigflow(Network(_no_params, angle))
+  if form == 'two_time':
+    return precond.two_time(Network(_no_params, velocity, num_times=2))
+  return data_itself
+
+
+def _no_params(*inputs):
+  return None
