@@ -40,6 +40,7 @@ import importlib.util, pathlib, subprocess, sys
 if importlib.util.find_spec('cmjax') is None:
   checkout = pathlib.Path('../setup.cfg').exists()
   source = '..' if checkout else 'git+https://github.com/cmjax/cmjax'
+  print('installing cmjax ...')
   install = [sys.executable, '-m', 'pip', 'install', '-q', source]
   if subprocess.run(install, capture_output=True).returncode:
     raise SystemExit(
