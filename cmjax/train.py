@@ -124,7 +124,7 @@ def train(
     primary = jax.process_index() == 0
     trackers = tracking.Trackers(run.config, folder, start)
     with (
-      provenance.recorded(folder, start, _facts(run)),
+      sharding.on_process_0(provenance.recorded(folder, start, _facts(run))),
       contextlib.closing(checkpoints),
       sharding.on_process_0(trackers.running()),
       contextlib.closing(Snapshots(folder, run.config)) as snapshots,

@@ -243,6 +243,8 @@ def test_plots_have_a_limit(run):
   write_rows(run, 40, **{f'mean_{i:02}': float for i in range(20)})
   page = check(one_run.write(run))
   assert 'Not drawn: mean_16, mean_17, mean_18, mean_19.' in page.text
+  write_rows(run, 40, **{f'ema.x{i:02}': float for i in range(50)})
+  assert len(check(one_run.write(run)).all('svg')) < 40
 
 
 def test_evaluations_in_training_are_curves_by_step(run):
@@ -332,6 +334,26 @@ def test_damaged_files_are_named_and_the_rest_is_drawn(run, value):
   assert len(page.all('svg')) >= 4
 
 
+def test_files_that_cannot_be_opened_or_have_no_end_are_left_out(run, monkeypatch):
+  for name in ('starts.jsonl', 'evaluation_00000400.json', 'pictures/data.png'):
+    (run / name).unlink()
+    os.mkfifo(run / name)
+  os.mkfifo(run / 'pictures/one_step_00000500.png')
+  (run / '.lock').write_text('{"host": "h", "process": 1e999}')
+  opened = type(run).open
+
+  def refuse(path, *arguments, **keywords):
+    if path.name == 'metrics.jsonl':
+      raise PermissionError(13, 'Permission denied')
+    return opened(path, *arguments, **keywords)
+
+  monkeypatch.setattr(type(run), 'open', refuse)
+  page = check(one_run.write(run))
+  assert 'metrics.jsonl: cannot be read ([Errno 13] Permission denied)' in page.text
+  for words in ('no starts.jsonl', 'Not evaluated', 'one_step, step 400'):
+    assert words in page.text
+
+
 def test_a_run_that_is_being_written_can_be_read(run):
   with (run / 'metrics.jsonl').open('a') as file:
     file.write('{"step": 410, "loss": 1.')
@@ -344,8 +366,10 @@ def test_a_run_that_is_being_written_can_be_read(run):
     step = 410
     with (run / 'metrics.jsonl').open('a') as file:
       file.write('5}\n')
-      while not stop.is_set():
-        print(json.dumps({'step': (step := step + 1), 'loss': 1.0}), file=file)
+      while not stop.wait(1e-3):
+        print(
+          json.dumps({'step': (step := step + 1), 'loss': 1.0}), file=file, flush=True
+        )
 
   writer = threading.Thread(target=write)
   with lock(run):
@@ -608,6 +632,18 @@ def test_mistakes_are_one_line_and_lose_nothing(run, capsys, monkeypatch, words,
   assert sorted(run.parent.rglob('*')) == before
 
 
+def test_a_page_that_cannot_be_written_is_one_line(run, capsys, monkeypatch):
+  def full(self, *arguments, **keywords):
+    raise PermissionError(13, 'Permission denied')
+
+  monkeypatch.setattr(type(run), 'write_text', full)
+  code, out, err = command(capsys, run)
+  assert (code, out) == (2, '')
+  line = 'report.html: cannot be written (Permission denied); give --to=FILE.html\n'
+  assert err.endswith(line)
+  assert err.count('\n') == 1
+
+
 def test_a_report_needs_no_device(run):
   environment = os.environ | {'JAX_PLATFORMS': 'none_such', 'PYTHONPATH': str(ROOT)}
   words = [sys.executable, '-m', 'cmjax', '--mode=report', str(run)]
@@ -688,9 +724,10 @@ def test_a_refused_command_writes_no_report(run, capsys):
   assert sorted(run.rglob('*')) == before
 
 
-def test_a_training_step_costs_nothing_more():
-  # What a report adds is at the start and the end: the loop itself does not know of it.
-  source = (ROOT / 'cmjax' / 'train.py').read_text()
-  loop = source.partition('def _loop(')[2].partition('\ndef ')[0]
-  assert 'provenance' not in loop
-  assert not hasattr(train, 'report')
+def test_an_error_before_the_run_begins_leaves_no_folder(tmp_path, monkeypatch):
+  def fails(*arguments):
+    raise RuntimeError('mine')
+
+  monkeypatch.setattr(train, 'check_memory', fails)
+  assert main.main([*TINY, f'--workdir={tmp_path / "new"}']) == 1
+  assert list(tmp_path.iterdir()) == []

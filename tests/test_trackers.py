@@ -491,6 +491,7 @@ def test_the_tracker_of_the_readme_works(resumed):
   lines = path.read_text().splitlines()
   (line,) = [line for line in lines if ',loss,' in line]
   assert line == f'24,loss,{rows(resumed[0])[-1]["loss"]}'
+  assert '24,skipped_steps,0' in lines
 
 
 @needs['mlflow']

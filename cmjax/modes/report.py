@@ -19,11 +19,18 @@ def run(flags: argparse.Namespace) -> None:
   if flags.to and Path(flags.to).suffix != '.html':
     raise UserError(f'--to={flags.to}: the name of a report ends with .html')
   if len(folders) == 1:
-    path = Path(flags.to) if flags.to else folders[0] / one_run.NAME
-    written = one_run.write(folders[0], path)
+    path = Path(flags.to or folders[0] / one_run.NAME)
   else:
-    path = Path(flags.to) if flags.to else unused(Path('report'), '.html')
-    written = several_runs.write(folders, path)
+    path = Path(flags.to or unused(Path('report'), '.html'))
+  try:
+    if len(folders) == 1:
+      written = one_run.write(folders[0], path)
+    else:
+      written = several_runs.write(folders, path)
+  except OSError as error:
+    raise UserError(
+      f'{path}: cannot be written ({error.strerror}); give --to=FILE.html'
+    ) from error
   if written != path:
     print(f'{path} is not a report of cmjax, and was left as it is')
   print(written)

@@ -92,7 +92,11 @@ def read_contents(folder: Path) -> Contents:
       config = completed(ConfigDict(_with_tuples(renamed(value)[0])))
     except Exception as error:  # of any kind, as the file may hold anything
       damaged.append(f'config.json: holds no config ({first_line(error)})')
-  metrics = read_metrics(folder / 'metrics.jsonl')
+  try:
+    metrics = read_metrics(folder / 'metrics.jsonl')
+  except OSError as error:
+    metrics = Metrics({}, 0, 0)
+    damaged.append(f'metrics.jsonl: cannot be read ({first_line(error)})')
   if metrics.num_damaged:
     damaged.append(f'metrics.jsonl: {metrics.num_damaged:,} rows cannot be read')
 
@@ -100,7 +104,7 @@ def read_contents(folder: Path) -> Contents:
     return list(_documents(_newest_first(folder, pattern), folder, damaged))
 
   pictures: dict[str, dict[int, Path]] = {}
-  for path in sorted(folder.glob('pictures/*_*.png')):
+  for path in _newest_first(folder, 'pictures/*_*.png')[::-1]:
     if match := re.fullmatch(r'(.+)_(\d{8,18})', path.stem):
       pictures.setdefault(match[1], {})[int(match[2])] = path
   data_picture = folder / 'pictures' / 'data.png'
@@ -126,13 +130,15 @@ def read_contents(folder: Path) -> Contents:
 
 
 def _newest_first(folder: Path, pattern: str) -> list[Path]:
-  """The paths of a pattern by the numbers in their names, the highest first."""
+  """The files of a pattern by the numbers in their names, the highest first."""
 
   def numbers(path: Path) -> tuple[list[int], str]:
     name = str(path.relative_to(folder).with_suffix(''))
     return [int(n) for n in re.findall(r'\d{1,18}', name)], name
 
-  return sorted(folder.glob(pattern), key=numbers, reverse=True)
+  # A pipe or a device, in the run of a stranger, may have no end.
+  files = (path for path in folder.glob(pattern) if path.is_file())
+  return sorted(files, key=numbers, reverse=True)
 
 
 def _documents(
@@ -141,14 +147,14 @@ def _documents(
   for path in paths:
     name = path.relative_to(folder)
     try:
+      if not path.is_file():
+        raise ValueError('no such file')
       if path.stat().st_size > MAX_JSON:
         raise ValueError(f'more than {MAX_JSON:,} bytes')
       value = json.loads(path.read_text(encoding='utf-8'))
       if not isinstance(value, dict):
         raise ValueError('not an object with keys')
       yield Document(name, value)
-    except FileNotFoundError:
-      damaged.append(f'{name}: missing')
     except (OSError, ValueError, RecursionError) as error:
       damaged.append(f'{name}: cannot be read ({first_line(error)})')
 

@@ -138,7 +138,7 @@ def training_figures(series: Mapping[str, Series]) -> list[Markup]:
     if np.nanmin(values) == np.nanmax(values):
       constant[name] = html.number(float(values[0]))
       del training[name]
-    else:
+    elif len(figures) < MAX_OTHERS:  # more of them are among the others, below
       log = False if name.endswith('learning_rate') else None
       s = training.pop(name)
       figures.append(figure(name, [Curve('', s)], place='schedule', log=(False, log)))

@@ -60,14 +60,14 @@ def load(name: str | Path, /, *, trust: Iterable[str] = (), **overrides: Any) ->
   return checked(config)
 
 
-def closest(config: ConfigDict | Config) -> tuple[str, ConfigDict]:
+def closest(config: ConfigDict | Config) -> tuple[str, Config]:
   """The config that ships with the fewest differences: its `NAME:DATA`, and itself.
 
   Configs that do not load are left out.
   """
   candidates = _all_shipped()
   best = min(candidates, key=lambda name: len(differences(candidates[name], config)))
-  return best, read(best)
+  return best, candidates[best]
 
 
 @functools.cache

@@ -91,7 +91,7 @@ def _owner(file: IO[bytes], wait: bool = False) -> dict[str, object] | None:
     try:
       owner = json.loads(file.read(4096))
       return {'host': str(owner['host'])[:80], 'process': int(owner['process'])}
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
       time.sleep(0.05 if wait else 0)
   return None
 

@@ -28,11 +28,8 @@ def recorded(
 ) -> Iterator[None]:
   """Appends a row at the start of a run, and one at its end with the error if any.
 
-  Only the first process writes. Raises: OSError if the first row cannot be written.
+  Raises: OSError if the first row cannot be written.
   """
-  if jax.process_index() != 0:
-    yield
-    return
   path = workdir / NAME
   _append(path, start(first_step) | dict(facts))
   error = None
@@ -94,8 +91,9 @@ def revision(checkout: Path) -> dict[str, Any] | None:
 
 def starts(workdir: Path) -> list[dict[str, Any]]:
   """The rows of a run, oldest first; those that cannot be read are left out."""
+  path = workdir / NAME
   try:
-    lines = (workdir / NAME).read_bytes().splitlines()
+    lines = path.read_bytes().splitlines() if path.is_file() else []
   except OSError:
     return []
   rows = []
