@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from cmjax import precond
-from cmjax.core import Array, Batch, Model, Network, Params, expand
+from cmjax.core import LOG_WEIGHT, Array, Batch, Model, Network, Params, expand
 from cmjax.fields import Reference
-from cmjax.networks import mlp
 
 BATCH = 8
 SHAPE = (4, 4, 1)  # of an example
@@ -97,29 +96,56 @@ def some_params(
 
 
 def small_model(
-  form: str = 'edm', labels: bool = True, **keywords: Any
+  form: str = 'edm', labels: bool = True, dropout: float = 0.0, dtype: str = 'float32'
 ) -> tuple[Model, Params]:
-  """A model with a small network, and parameters of order one.
+  """A model of a network with one hidden layer, and parameters of order one.
+
+  It is written out, since a network of flax takes longer to trace than a loss.
 
   Args:
     form: 'edm', 'trigflow' or 'two_time', the preconditioning.
     labels: whether it is conditional.
-    **keywords: of `networks.mlp`.
+    dropout: rate of the hidden units, with a key.
+    dtype: of the computation, except of the embedding of times.
   """
-  num_times = 2 if form == 'two_time' else 1
-  sizes = dict(width=16, num_blocks=1, embedding=8, num_times=num_times)
-  network = mlp.mlp(**sizes, log_weight=form == 'trigflow', **keywords)
-  c_noise = jnp.zeros((1, num_times) if num_times > 1 else 1)
-  cond = jnp.zeros((1, CLASSES)) if labels else None
-  params = some_params(network, jnp.zeros((1, *SHAPE)), c_noise, cond, jnp.float32)
+  num_times, size = 2 if form == 'two_time' else 1, int(np.prod(SHAPE))
+  shapes = {'x': (size, 16), 'times': (num_times, 16), 'out': (16, size)}
+  shapes |= {'label': (CLASSES, 16)} if labels else {}
+  shapes |= {LOG_WEIGHT: (1,)} if form == 'trigflow' else {}
+  draw = np.random.default_rng(1)
+  params = {
+    name: jnp.asarray(draw.normal(size=shape) * shape[0] ** -0.5, jnp.float32)
+    for name, shape in shapes.items()
+  }
+
+  def apply(params, x, c_noise, cond, *, key=None):
+    w = jax.tree.map(lambda a: a.astype(dtype), params)
+    times = jnp.reshape(c_noise, (len(x), num_times))
+    # A sine, which is NaN at c_noise = ln 0, as the embeddings of usual networks.
+    h = jnp.sin(times @ params['times']).astype(dtype)
+    h += jnp.reshape(x, (len(x), size)).astype(dtype) @ w['x']
+    if labels:
+      h += cond.astype(dtype) @ w['label']
+    h = jnp.tanh(h)
+    if key is not None and dropout > 0:
+      key = jax.random.fold_in(key, 0)  # both points of a pair may have the same key
+      h = jnp.where(jax.random.bernoulli(key, dropout, h.shape), 0, h / (1 - dropout))
+    return jnp.reshape(h @ w['out'], x.shape)
+
+  def log_weight(params, c_noise):
+    return params[LOG_WEIGHT] * c_noise
+
+  learned = log_weight if form == 'trigflow' else None
+  network = Network(lambda *inputs: params, apply, num_times, learned)
   return getattr(precond, form)(network), params
 
 
 def small_batch() -> Batch:
   """Eight examples with labels, inside [-1, 1]."""
-  x0 = jnp.clip(0.5 * jax.random.normal(jax.random.key(2), (BATCH, *SHAPE)), -1, 1)
-  cond = jax.nn.one_hot(jnp.arange(BATCH) % CLASSES, CLASSES)
-  return Batch(x0, cond, jnp.arange(BATCH))
+  draw, index = np.random.default_rng(2), np.arange(BATCH)
+  x0 = np.clip(0.5 * draw.normal(size=(BATCH, *SHAPE)), -1, 1)
+  cond = np.eye(CLASSES, dtype=np.float32)[index % CLASSES]
+  return Batch(jnp.asarray(x0, jnp.float32), jnp.asarray(cond), jnp.asarray(index))
 
 
 def small_reference() -> Reference:
