@@ -234,7 +234,7 @@ def check_minimiser(
     **settings: of `gradient_at_exact`.
 
   Raises: ContractError if the mean gradient at the exact model is larger, by three
-    standard errors, or noise hides a gradient of this size.
+    standard errors, or these are more than `bias` and one half of `perturbed`.
   """
   measured = gradient_at_exact(make, oracle, exact, **settings)
   allowed = bias * measured.perturbed

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cmjax import checks
 from cmjax.data.source import Source, as_uint8, as_x0, image_source
 
 if TYPE_CHECKING:
@@ -17,9 +18,12 @@ def show(x: Any, *, data: Any = None, columns: int = 10) -> None:
   """Displays samples in a notebook; elsewhere, opens them with the system's viewer.
 
   Args:
-    x: images f32[N, H, W, C] in [-1, 1], points f32[N, 2], or a picture u8[H, W, 3].
+    x: images f32[N, H, W, C] in [-1, 1] or u8[N, H, W, C], points f32[N, 2], or a
+      picture u8[H, W, 3].
     data: points f32[M, 2] to draw below the points.
     columns: images per row.
+
+  Raises: ValueError if x has another shape, or columns < 1.
   """
   image = _image(x, data, columns)
   if _in_notebook():
@@ -61,15 +65,18 @@ def _in_notebook() -> bool:
 def _image(x: Any, data: Any, columns: int) -> Any:
   from PIL import Image  # slow to import
 
+  checks.whole(1, columns=columns)
   x = np.asarray(x)
-  if x.ndim == 4:
+  if x.ndim == 4 and x.dtype == np.uint8:
+    x = grid(x, columns)
+  elif x.ndim == 4:
     x = samples(image_source('', x, None, 0, False), x, columns)
-  elif x.ndim == 2:
+  elif x.ndim == 2 and x.shape[1] == 2:
     x = scatter(x, None if data is None else np.asarray(data))
   if x.dtype != np.uint8 or x.ndim != 3:
     raise ValueError(
-      'shows images f32[N, H, W, C], points f32[N, 2] or a picture u8[H, W, 3]; got '
-      f'{x.dtype}{list(x.shape)}'
+      'shows images f32[N, H, W, C] or u8[N, H, W, C], points f32[N, 2] or a picture '
+      f'u8[H, W, 3]; got {x.dtype}{list(x.shape)}'
     )
   return Image.fromarray(x)
 

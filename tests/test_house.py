@@ -66,7 +66,7 @@ BANNED = {
   r'PartitionSpec|axis_names': ['runtime.sharding'],
   r'config\.get\(': [],
   r'jax\.jit': [
-    *('train', 'sampling', 'evaluation', 'modes.*', 'studies.*', 'runtime.state'),
+    *('train', 'sampling', 'modes.*', 'studies.*', 'runtime.state'),
     *('runtime.classifier', 'data_features', 'contracts', 'contract_parts'),
   ],
   r'\bprint\(': ['runtime.logs', 'runtime.errors', 'modes.configs', 'modes.report'],

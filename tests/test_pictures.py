@@ -152,6 +152,8 @@ def test_a_notebook_displays_images_points_and_pictures(displayed):
   pictures.show(x, columns=3)
   pixels = np.rint((x + 1) * 127.5).astype(np.uint8)
   np.testing.assert_array_equal(images[0], pictures.grid(pixels, 3))
+  pictures.show(pixels, columns=3)
+  np.testing.assert_array_equal(images.pop(), images[0])
   pictures.show(np.eye(2), data=np.eye(2))
   np.testing.assert_array_equal(images[1], pictures.scatter(np.eye(2), np.eye(2)))
   picture = noise(4, 5, 3)
@@ -178,7 +180,12 @@ def test_outside_a_notebook_a_viewer_opens_and_a_live_picture_does_nothing(monke
   assert len(opened) == 1
 
 
-@pytest.mark.parametrize('shape', [(3,), (2, 3, 3), (1, 2, 3, 4, 5)])
+@pytest.mark.parametrize('shape', [(3,), (5, 3), (2, 3, 3), (1, 2, 3, 4, 5)])
 def test_other_shapes_are_refused(shape):
   with pytest.raises(ValueError, match='shows images'):
     pictures.show(np.zeros(shape))
+
+
+def test_a_grid_without_columns_is_refused():
+  with pytest.raises(ValueError, match='columns'):
+    pictures.show(np.zeros((1, 2, 2, 1)), columns=0)
