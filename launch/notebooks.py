@@ -30,6 +30,8 @@ FOLDER = ROOT / 'colabs'
 LONG, SHORT = 'SHORT = False', 'SHORT = True'
 CELL_TIMEOUT_S = 1200
 MAX_PICTURE_BYTES = 150_000
+# Short cells compile much more than they compute.
+QUICK = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
 
 # --strip writes it into every notebook, so that it is changed in this one place.
 FIRST_CELL = """\
@@ -101,7 +103,8 @@ def execute(
 
   Args:
     path: the file, which is not changed.
-    short: with SHORT = True in its first cell.
+    short: with SHORT = True in its first cell; XLA_FLAGS are then those that compile
+      quickly.
     environment: variables of the kernel that differ from those of this process.
 
   Raises:
@@ -114,7 +117,8 @@ def execute(
       raise NotebookError(f'{path.name}: its first cell must start with {LONG}')
     first.source = first.source.replace(LONG, SHORT, 1)
   with tempfile.TemporaryDirectory(prefix='notebook_') as folder:
-    env = {**_environment(folder), **(environment or {})}
+    env = {**_environment(folder), **({'XLA_FLAGS': QUICK} if short else {})}
+    env |= environment or {}
     (Path(folder) / 'work').mkdir()
     client = nbclient.NotebookClient(
       notebook,

@@ -22,12 +22,6 @@ PATHS = notebooks.paths()
 README = ROOT / 'colabs' / 'README.md'
 each = pytest.mark.parametrize('path', PATHS, ids=lambda path: path.stem)
 
-# Cells compile much more than they compute. One device, as on a laptop.
-QUICK = {
-  'XLA_FLAGS': '--xla_backend_optimization_level=0 '
-  '--xla_llvm_disable_expensive_passes=true'
-}
-
 
 def repository():
   """The address of the repository, in setup.cfg."""
@@ -45,7 +39,7 @@ def a_notebook(tmp_path, *sources):
 
 @each
 def test_notebook_runs_in_the_short_setting(path):
-  notebook = notebooks.execute(path, short=True, environment=QUICK)
+  notebook = notebooks.execute(path, short=True)
   assert any(cell.outputs for cell in notebooks.code_cells(notebook))
   assert notebooks.picture(notebook).startswith(b'\x89PNG')
 
