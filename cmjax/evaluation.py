@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cmjax import checks
 from cmjax.core import Params, UserError
 from cmjax.data.source import as_x0
 from cmjax.data_features import (
@@ -203,8 +204,9 @@ def table(
     check: is called before each batch, and may raise to stop.
 
   Raises: UserError as `build_metrics` and `measure`, or if a metric returns a value
-    with the name of another column.
+    with the name of another column; ValueError if num_seeds < 1.
   """
+  checks.whole(1, num_seeds=num_seeds)
   if samplers is not None:
     subject = subject._replace(samplers=dict(samplers))
   if metrics is None:

@@ -372,6 +372,12 @@ def test_seeds_are_reported_one_by_one_with_their_mean_and_least_value(one_devic
   assert f'| one | least | {min(values):.3f} |' in text
 
 
+def test_a_table_without_seeds_is_refused(one_device):
+  subject = opened(digits(), labelled, one_device, one=samplers.one_step())
+  with pytest.raises(ValueError, match='num_seeds'):
+    evaluation.table(subject, None, {}, num_seeds=0)
+
+
 def test_a_table_is_of_the_given_samplers_and_of_the_metrics_of_the_config(one_device):
   subject = opened(digits(), labelled, one_device, one=samplers.one_step())
   subject.config.metrics = dict(mine=dict(fn='tests.test_evaluate:mean_first_pixel'))
