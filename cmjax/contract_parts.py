@@ -69,13 +69,15 @@ def difference(a: Params, b: Params) -> float:
   """The largest difference of two trees, as a multiple of what rounding explains.
 
   That is 1e-3 of each number and 1e-4 of the largest of its array, for the same
-  mathematics in float32 in another order of operations.
+  mathematics in float32 in another order of operations; and, for an array of zeros, 1e-7
+  of the largest number of the tree.
   """
+  largest = max(float(np.max(np.abs(v))) for v in jax.tree.leaves(b))
 
   def one(a, b):
     a, b = np.asarray(a), np.asarray(b)
     allowed = 1e-3 * np.abs(b) + 1e-4 * np.max(np.abs(b))
-    return np.max(np.abs(a - b) / np.where(allowed > 0, allowed, 1e-30))
+    return np.max(np.abs(a - b) / np.maximum(allowed, 1e-7 * largest + 1e-30))
 
   return max(float(v) for v in jax.tree.leaves(jax.tree.map(one, a, b)))
 
