@@ -69,8 +69,8 @@ def difference(a: Params, b: Params) -> float:
   """The largest difference of two trees, as a multiple of what rounding explains.
 
   That is 1e-3 of each number and 1e-4 of the largest of its array, for the same
-  mathematics in float32 in another order of operations; and, for an array of zeros, 1e-7
-  of the largest number of the tree.
+  mathematics in float32 in another order of operations; where an array is zero, 1e-7 of
+  the largest number of the tree.
   """
   largest = max(float(np.max(np.abs(v))) for v in jax.tree.leaves(b))
 
