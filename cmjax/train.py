@@ -11,6 +11,7 @@ import jax
 
 from cmjax.core import (
   Array,
+  Batch,
   Params,
   TrainState,
 )
@@ -24,7 +25,7 @@ from cmjax.runtime import (
   tracking,
   watchdog,
 )
-from cmjax.runtime.batches import batch
+from cmjax.runtime.batches import batches
 from cmjax.runtime.config_json import to_json
 from cmjax.runtime.lock import lock
 from cmjax.runtime.run import Run
@@ -49,7 +50,9 @@ Hook = Callable[[Run, Params, int, logs.RunLog, Callable[[], None]], None]
 
 
 def steps(
-  run: Run, state: TrainState | None = None
+  run: Run,
+  state: TrainState | None = None,
+  data: Iterator[Batch] | None = None,
 ) -> Iterator[tuple[int, TrainState, dict[str, Array]]]:
   """Trains to the last step of a run; yields (step, state, metrics) after each step.
 
@@ -61,14 +64,17 @@ def steps(
     state: where to continue; by default step 0, with the weights of `init_from`. Its
       buffers are donated, and so are those of each state that is yielded when the next
       one is asked for: copy what is to be kept.
+    data: the global batches of the coming steps, with which training ends; by default
+      those of the config.
 
   Raises: UserError if the weights of `init_from` do not fit.
   """
   current: TrainState = first_state(run) if state is None else state
-  train_step = compiled_step(run)
+  train_step, start = compiled_step(run), int(current.step)
+  data = batches(run, start) if data is None else data
   dispatched: collections.deque[dict[str, Array]] = collections.deque()
-  for step in range(int(current.step) + 1, run.total_steps + 1):
-    current, metrics = train_step(current, run.frozen, batch(run, step - 1))
+  for step, batch in zip(range(start + 1, run.total_steps + 1), data, strict=False):
+    current, metrics = train_step(current, run.frozen, batch)
     dispatched.append(metrics)
     if len(dispatched) > AHEAD:  # otherwise, batches fill the memory of the devices
       jax.block_until_ready(dispatched.popleft())

@@ -1,5 +1,8 @@
 """The batches of a run on its devices."""
 
+from collections.abc import Iterator
+import itertools
+
 import jax
 import numpy as np
 
@@ -15,6 +18,12 @@ def batch(run: Run, step: int) -> Batch:
   rows = sharding.local_rows(run.mesh, size)
   host = batch_at(run.source, run.config.seed, step, size, rows)
   return sharding.place_rows(host, rows, size, run.mesh)
+
+
+def batches(run: Run, first: int = 0) -> Iterator[Batch]:
+  """The global batches of the steps `first`, `first` + 1, ..., without end."""
+  for step in itertools.count(first):
+    yield batch(run, step)
 
 
 def abstract_batch(run: Run) -> Batch:
