@@ -53,7 +53,7 @@ def get_config():
     c.objective = dict(fn='mine:objective', times=c.objective.times)
   c.network.width, c.network.num_blocks, c.network.embedding = 64, 1, 8
   c.batch_size, c.total_images = 32, 32 * 100_000
-  c.every.picture_steps = 0
+  c.every.picture_steps, c.every.log_steps = 0, 15
   c.trackers = {}
   return c
 """
@@ -63,7 +63,7 @@ def get_config():
 def hanging(tmp_path, monkeypatch):
   """Starts a run that hangs, and gives its output and exit code."""
 
-  def start(processes, what, process=0, step=20, *, stop_s=2.2):
+  def start(processes, what, process=0, step=13, *, stop_s=2.2):
     folder = tmp_path / what
     folder.mkdir()
     (folder / 'mine.py').write_text(MINE)
