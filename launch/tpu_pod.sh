@@ -110,11 +110,16 @@ echo \$? >cmjax_run/exit' </dev/null >/dev/null 2>&1 &
 echo \$! >cmjax_run/pid"
 }
 
-codes() {  # WORKER SECONDS: its exit codes, `running` or `preempted`, in one line
-  on "$1" "for i in \$(seq $2); do [ -e cmjax_run/exit ] || sleep 1; done
-if tail -n 5 cmjax_run/log | grep -q '^preempted: '; then echo cmjax_exit=preempted
-else echo cmjax_exit=\$(cat cmjax_run/exit || echo running); fi" 2>/dev/null |
-    sed -n 's/^cmjax_exit=//p' | sort -u | tr '\n' ' '
+codes() {  # WORKER SECONDS: exit codes, `running`, `preempted` or `gone`, in one line
+  on "$1" "for i in \$(seq $2); do
+  kill -0 \$(cat cmjax_run/pid) || break
+  sleep 1
+done
+if tail -n 5 cmjax_run/log | grep -q '^preempted: '; then code=preempted
+elif [ -e cmjax_run/exit ]; then code=\$(cat cmjax_run/exit)
+elif kill -0 \$(cat cmjax_run/pid); then code=running
+else code=gone; fi
+echo cmjax_exit=\$code" 2>/dev/null | sed -n 's/^cmjax_exit=//p' | sort -u | tr '\n' ' '
 }
 
 follow() {  # sets `ended`: done, failed, stalled or preempted
@@ -135,8 +140,9 @@ follow() {  # sets `ended`: done, failed, stalled or preempted
         all=$(codes all 90)
         say "cmjax ended with $all"
         ended=failed
-        # 75: the watchdog; above 128: killed, as by jax if a host is silent.
-        if [[ " $all" == *' 75 '* || $all =~ (12[89]|1[3-9][0-9]) ]]; then
+        # 75: the watchdog; above 128: killed, as by jax if a host is silent; gone: a
+        # worker has restarted.
+        if [[ " $all" =~ \ (75|gone|12[89]|1[3-9][0-9])\  ]]; then
           ended=stalled
         fi
         return ;;

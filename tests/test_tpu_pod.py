@@ -27,7 +27,10 @@ case "$3 $4" in
   'queued-resources create')
     mkdir "$PLAY/worker"
     printf '%s\n' WAITING_FOR_RESOURCES PROVISIONING ACTIVE >"$PLAY/states" ;;
-  'queued-resources delete') rm -r "$PLAY/worker"; echo NONE >"$PLAY/states" ;;
+  'queued-resources delete')
+    [ ! -e "$PLAY/long" ] || kill "$(cat "$PLAY/long")"
+    rm -r "$PLAY/worker"
+    echo NONE >"$PLAY/states" ;;
   'tpu-vm ssh') cd "$PLAY/worker" && HOME=$PWD exec bash -c "$command" ;;
 esac
 """
@@ -47,7 +50,8 @@ echo "step 1 of a run that ends with $code"
 case $code in
   suspended) printf '%s\n' SUSPENDING SUSPENDED >"$PLAY/states"; exit 1 ;;
   preempted) echo 'preempted: saved step 5; repeat the command to resume' ;;
-  long) exec sleep 1000 ;;
+  gone) kill -9 $PPID $(ps -o ppid= $PPID) ;;
+  long) echo $$ >"$PLAY/long"; exec sleep 1000 ;;
   *) exit "$code" ;;
 esac
 """
@@ -98,8 +102,8 @@ def pod(tmp_path):
     return '\n'.join([n for n in lines if '|describe|' not in n]) + '\n'
 
   yield start, calls
-  for pid in tmp_path.glob('worker/cmjax_run/pid'):
-    subprocess.run(['pkill', '-P', pid.read_text().strip()])
+  if (tmp_path / 'worker').exists() and (tmp_path / 'long').exists():  # a test failed
+    os.kill(int((tmp_path / 'long').read_text()), signal.SIGKILL)
 
 
 def test_a_run_that_succeeds_is_requested_started_and_followed(pod, tmp_path):
@@ -121,15 +125,16 @@ def test_a_run_that_succeeds_is_requested_started_and_followed(pod, tmp_path):
 
 def test_a_run_that_is_interrupted_is_requested_and_started_again(pod):
   start, calls = pod
-  # A stall; killed by jax, as another process is silent; SIGTERM, which exits 0; a TPU
-  # that is taken away.
-  run = start('run', *RUN, codes=[75, 134, 'preempted', 'suspended', 0], SPOT='0')
+  # A stall; killed by jax, as another process is silent; a worker that restarts;
+  # SIGTERM, which exits 0; a TPU that is taken away.
+  codes = [75, 134, 'gone', 'preempted', 'suspended', 0]
+  run = start('run', *RUN, codes=codes, SPOT='0')
   text, _ = run.communicate(timeout=100)
   assert run.returncode == 0, text
   new = NEW.replace('--spot|', '')
   lost = ''.join(new.splitlines(keepends=True)[:3])  # its exit code cannot be asked for
   stalled, preempted = new + CODES_OF_ALL + DELETE, new + DELETE
-  assert calls() == stalled + stalled + preempted + lost + DELETE + new
+  assert calls() == 3 * stalled + preempted + lost + DELETE + new
 
 
 def test_a_mistake_is_not_repeated_and_requests_are_bounded(pod):
