@@ -43,7 +43,7 @@ from cmjax.runtime.workdir import check_claim, write_config
 from cmjax.train_step import make_train_step
 
 AHEAD = 8  # steps that may be dispatched before they are finished
-SHOWN_WAIT = 0.1  # of the time: a smaller fraction is not among the progress
+SHOWN_WAIT = 0.5  # a smaller fraction of the time is not among the progress
 
 # Called with (run, params, step, log, check) every `config.every.NAME_steps` steps (0:
 # never) and after the last. `check` raises `preemption.Preempted` after a notice.

@@ -558,6 +558,7 @@ def test_a_training_step_that_waits_for_data_is_reported(
       yield batch
 
   monkeypatch.setattr(train, 'batches', slow)
+  monkeypatch.setattr(train, 'SHOWN_WAIT', 0.0)
   train.train(run, tmp_path, {})
   printed = capsys.readouterr()
   assert re.search(
