@@ -43,6 +43,7 @@ from cmjax.runtime.workdir import check_claim, write_config
 from cmjax.train_step import make_train_step
 
 AHEAD = 8  # steps that may be dispatched before they are finished
+SHOWN_WAIT = 0.5  # a smaller fraction of the time is not among the progress
 
 # Called with (run, params, step, log, check) every `config.every.NAME_steps` steps (0:
 # never) and after the last. `check` raises `preemption.Preempted` after a notice.
@@ -137,7 +138,7 @@ def train(
       contextlib.closing(logs.RunLog(folder, primary, start, trackers.log)) as log,
       contextlib.closing(logs.Progress(start, run.total_steps)) as progress,
       preemption.Notice() as notice,
-      contextlib.closing(watchdog.Watchdog()) as watch,
+      contextlib.closing(watchdog.Watchdog(run.config.watchdog, folder)) as watch,
       contextlib.closing(profile.Trace(folder, span)) as trace,
     ):
       services = _Services(checkpoints, snapshots, log, progress, notice, watch, trace)
@@ -208,6 +209,12 @@ def _loop(
     logs.say(f'preempted: saved step {step}; repeat the command to resume')
     return state, False
 
+  def awaited(data: Iterator[Batch]) -> Iterator[Batch]:
+    for step in range(start + 1, total + 1):
+      with watch.doing('data', step), window.waiting_for_data():
+        batch = next(data)
+      yield batch
+
   def interrupt() -> None:
     """Excludes what follows from reports of hangs, and earlier time from the speed."""
     watch.pause()
@@ -232,7 +239,8 @@ def _loop(
   if start < total:
     logs.say('compiling the training step ...')
   start_s = time.monotonic()
-  for step, state, metrics in trace.around(steps(run, first), start, interrupt):
+  stepping = steps(run, first, awaited(batches(run, start)))
+  for step, state, metrics in trace.around(stepping, start, interrupt):
     window.add(metrics)
     trace.end(step, metrics, interrupt)
     progress.advance()
@@ -247,8 +255,10 @@ def _loop(
       skipped += skipped_in_window
       losses.append(means['loss'])
       means['skipped_steps'] = len(skipped)
-      log.scalars(step, means | values_at(run.schedules, step - 1))
+      with watch.doing('logs', step):
+        log.scalars(step, means | values_at(run.schedules, step - 1))
       shown = ('loss', 'grad_norm', 'images_per_s') + ('skipped_steps',) * bool(skipped)
+      shown += ('data_wait',) * (means.get('data_wait', 0.0) > SHOWN_WAIT)
       progress.report(step, {key: means[key] for key in shown if key in means})
       check_skipped(skipped, run.config.max_skipped_steps, run.config.seed)
     if every.snapshot_steps and (last or step % every.snapshot_steps == 0):

@@ -135,6 +135,10 @@ def base() -> Config:
         checkpoint_steps=1000,
         snapshot_steps=0,  # of the EMAs of `power_emas`; none is deleted
       ),
+      watchdog=dict(  # of training steps that hang, in seconds
+        report_s=20.0,  # or ten times the longest step, if that is more
+        stop_s=600.0,  # ends the process with exit code 75; 0: never
+      ),
       keep_checkpoints=2,
     )
   )

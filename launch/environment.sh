@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts, in the root of the checkout: creates a venv if it does not
 # exist, installs cmjax and its test tools into it, and activates it.
 # VENV is its folder (default .venv), PYTHON the Python that creates it (default: python3 if

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by launch/environment.sh and .ci/run.
 
 # Prints the version of the Python that $1 runs, such as 3.13; fails with the error of

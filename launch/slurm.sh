@@ -18,4 +18,13 @@ fi
 source .venv/bin/activate
 # Slurm sends SIGTERM two minutes before the end, to the tasks only: they save and exit 0.
 # A task that fails ends the others.
-exec srun --kill-on-bad-exit=1 cmjax --distributed "$@"
+code=0
+srun --kill-on-bad-exit=1 cmjax --distributed "$@" || code=$?
+# 75: the watchdog ended a process that hung. Above 128: a task was killed, as those that
+# hang are when another ends. Both resume from the last checkpoint.
+if [ "$code" -eq 75 ] || [ "$code" -gt 128 ]; then
+  if [ "${SLURM_RESTART_COUNT:-0}" -lt "${MAX_RESTARTS:-20}" ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+  fi
+fi
+exit "$code"

@@ -1,26 +1,221 @@
 #!/usr/bin/env bash
-# Runs cmjax on every host of an existing Cloud TPU slice (gcloud compute tpus tpu-vm
-# create). The work directory must be shared by all hosts, such as a mounted bucket. The
-# same command resumes after a preemption.
-# Usage: launch/tpu_pod.sh NAME ZONE CMJAX_ARGUMENTS...
-# REPOSITORY (default: this checkout's origin) and REVISION (its commit) select what to run.
+# Trains on a Cloud TPU slice that may be preempted: requests it as a queued resource,
+# starts cmjax on all of its workers, follows the log, and after a preemption or a stall
+# requests it again and runs the same command, which resumes from its --workdir.
+# Usage: launch/tpu_pod.sh [--dry_run] run NAME ZONE TYPE CMJAX_ARGUMENTS...
+#        launch/tpu_pod.sh [--dry_run] follow NAME ZONE
+#        launch/tpu_pod.sh [--dry_run] stop NAME ZONE [--yes]     (deletes the TPU)
+# TYPE is an accelerator type, such as v5litepod-16. Ctrl-C ends the following, not the
+# run; `run` again follows the run that exists, and restarts it. Variables:
+#   SPOT=0          on demand instead of spot
+#   RUNTIME         version of the TPU software, by default that of TYPE
+#   REPOSITORY, REVISION   what to run: this checkout's origin and commit
+#   SETUP           commands for each worker before the start, such as a mount
+#   PACKAGES        installed with cmjax (jax[tpu])
+#   MAX_REQUESTS    of the TPU, in all (20);  POLL_S: seconds between checks (30)
 set -euo pipefail
-if [ $# -lt 3 ]; then
-  echo 'usage: launch/tpu_pod.sh NAME ZONE CMJAX_ARGUMENTS...' >&2
+root=$(cd "$(dirname "$0")/.." && pwd)
+spot=${SPOT:-1} poll_s=${POLL_S:-30} max_requests=${MAX_REQUESTS:-20} requests=0
+keep_alive='-o ServerAliveInterval=15 -o ServerAliveCountMax=4'  # ends with a dead host
+
+say() {
+  echo "tpu_pod: $*" >&2
+}
+
+refuse() {
+  say "$*"
   exit 2
+}
+
+usage() {
+  sed -n 's/^# Usage: //p; s/^#        //p' "$0" >&2
+  exit 2
+}
+
+cloud() {  # gcloud compute tpus ARGUMENTS...
+  if [ "$dry_run" ]; then
+    printf '%q ' gcloud compute tpus "$@"
+    echo
+  else
+    gcloud compute tpus "$@"
+  fi
+}
+
+on() {  # WORKER COMMAND
+  cloud tpu-vm ssh "$name" --zone="$zone" --worker="$1" --ssh-flag="$keep_alive" \
+    --command="$2"
+}
+
+state() {  # of the queued resource; NONE if there is none, UNKNOWN without an answer
+  local output
+  if output=$(cloud queued-resources describe "$name" --zone="$zone" \
+    --format='value(state.state)' 2>&1); then
+    echo "${output##*$'\n'}"
+  elif [[ $output == *NOT_FOUND* ]]; then
+    echo NONE
+  else
+    say "${output##*$'\n'}"
+    echo UNKNOWN
+  fi
+}
+
+request() {
+  local more=()
+  [ "$spot" = 0 ] || more=(--spot)
+  requests=$((requests + 1))
+  [ "$requests" -le "$max_requests" ] || refuse "gave up after $max_requests requests"
+  cloud queued-resources create "$name" --node-id="$name" --zone="$zone" \
+    --accelerator-type="$type" --runtime-version="$runtime" "${more[@]}"
+}
+
+delete() {
+  cloud queued-resources delete "$name" --zone="$zone" --force --quiet
+}
+
+await_tpu() {  # requests it if it does not exist
+  local now before=
+  while now=$(state); do
+    [ "$now" = "$before" ] || say "$name is $now"
+    before=$now
+    case $now in
+      ACTIVE) return ;;
+      NONE) request ;;
+      FAILED | SUSPENDED) delete ;;
+      *) sleep "$poll_s" ;;
+    esac
+  done
+}
+
+start() {  # on all workers, unless the run exists; a worker keeps its files in ~/cmjax_run
+  on all "set -e
+mkdir -p cmjax_run
+if [ -e cmjax_run/pid ] && kill -0 \$(cat cmjax_run/pid) 2>/dev/null; then
+  exit
 fi
-name=$1 zone=$2
-shift 2
-cd "$(dirname "$0")/.."
-repository=${REPOSITORY:-$(git remote get-url origin)}
-revision=${REVISION:-$(git rev-parse HEAD)}
-arguments=$(printf '%q ' "$@")
-exec gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="
-set -e
+rm -f cmjax_run/exit
+${SETUP:-:}
 [ -d cmjax ] || git clone --quiet $(printf %q "$repository") cmjax
-cd cmjax
-git fetch --quiet && git checkout --quiet $revision
-[ -f .venv/bin/activate ] || python3 -m venv .venv
-source .venv/bin/activate
-pip install --quiet --editable . 'jax[tpu]'
-cmjax --distributed $arguments"
+git -C cmjax fetch --quiet
+git -C cmjax checkout --quiet $(printf %q "$revision")
+[ -d uv ] || { python3 -m venv uv && uv/bin/pip install --quiet uv; }
+[ -d venv ] || uv/bin/uv venv --quiet --python 3.12 venv
+VIRTUAL_ENV=\$PWD/venv uv/bin/uv pip install --quiet --editable cmjax ${PACKAGES:-'jax[tpu]'}
+cat >cmjax_run/command <<'END'
+venv/bin/cmjax --distributed $(printf '%q ' "$@")
+END
+[ ! -e cmjax_run/log ] || mv cmjax_run/log cmjax_run/log.old
+touch cmjax_run/log
+setsid nohup bash -c 'bash cmjax_run/command >>cmjax_run/log 2>&1
+echo \$? >cmjax_run/exit' </dev/null >/dev/null 2>&1 &
+echo \$! >cmjax_run/pid"
+}
+
+codes() {  # WORKER SECONDS: exit codes, `running`, `preempted` or `gone`, in one line
+  on "$1" "for i in \$(seq $2); do
+  kill -0 \$(cat cmjax_run/pid) || break
+  sleep 1
+done
+if tail -n 5 cmjax_run/log | grep -q '^preempted: '; then code=preempted
+elif [ -e cmjax_run/exit ]; then code=\$(cat cmjax_run/exit)
+elif kill -0 \$(cat cmjax_run/pid); then code=running
+else code=gone; fi
+echo cmjax_exit=\$code" 2>/dev/null | sed -n 's/^cmjax_exit=//p' | sort -u | tr '\n' ' '
+}
+
+follow() {  # sets `ended`: done, failed, stalled or preempted
+  local all silent=0
+  while :; do
+    say 'follows worker 0; ctrl-C ends that, not the run'
+    on 0 "tail --lines=20 --pid=\$(cat cmjax_run/pid) -F cmjax_run/log" || true
+    case $(state) in
+      ACTIVE | UNKNOWN) ;;
+      *) ended=preempted && return ;;
+    esac
+    case $(codes 0 0) in
+      '0 ') ended='done' && return ;;
+      'preempted ') ended=preempted && return ;;
+      '') silent=$((silent + 1)) ;;
+      'running ') silent=0 ;;
+      *)  # the others end within a minute
+        all=$(codes all 90)
+        say "cmjax ended with $all"
+        ended=failed
+        # 75: the watchdog; above 128: killed, as by jax if a host is silent; gone: a
+        # worker has restarted.
+        if [[ " $all" =~ \ (75|gone|12[89]|1[3-9][0-9])\  ]]; then
+          ended=stalled
+        fi
+        return ;;
+    esac
+    [ "$silent" -lt 10 ] || { ended=stalled && return; }
+    sleep "$poll_s"
+  done
+}
+
+finish() {
+  say "$name: cmjax is $ended; launch/tpu_pod.sh stop $name $zone frees the TPU"
+  [ "$ended" = 'done' ]
+}
+
+check_arguments() {
+  local argument workdir=
+  for argument in "$@"; do
+    [[ $argument != --workdir=* ]] || workdir=${argument#--workdir=}
+  done
+  case $workdir in
+    gs://* | /mnt/*) ;;
+    *) refuse "--workdir=$workdir: must be gs://BUCKET/FOLDER, or below /mnt where SETUP \
+mounts what all workers share; a folder of one worker is lost with it" ;;
+  esac
+  case $type in
+    v4-*) runtime=${RUNTIME:-tpu-ubuntu2204-base} ;;
+    v5litepod-*) runtime=${RUNTIME:-v2-alpha-tpuv5-lite} ;;
+    v5p-*) runtime=${RUNTIME:-v2-alpha-tpuv5} ;;
+    v6e-*) runtime=${RUNTIME:-v2-alpha-tpuv6e} ;;
+    *) runtime=${RUNTIME:-} ;;
+  esac
+  [ "$runtime" ] || refuse "$type: no known TPU type; set RUNTIME"
+  repository=${REPOSITORY:-$(git -C "$root" remote get-url origin)}
+  revision=${REVISION:-$(git -C "$root" rev-parse HEAD)}
+}
+
+dry_run=
+if [ "${1:-}" = --dry_run ]; then
+  dry_run=yes
+  shift
+fi
+[ $# -ge 3 ] || usage
+verb=$1 name=$2 zone=$3
+shift 3
+trap 'say "the run goes on: launch/tpu_pod.sh follow $name $zone"; exit 130' INT
+case $verb in
+  run)
+    [ $# -ge 2 ] || usage
+    type=$1
+    shift
+    check_arguments "$@"
+    if [ "$dry_run" ]; then
+      request && start "$@" && on 0 'tail ... cmjax_run/log'
+      exit
+    fi
+    while :; do
+      await_tpu
+      if start "$@"; then follow; else ended=stalled; fi
+      case $ended in
+        stalled | preempted) say "$name: $ended; requests it again" ;;
+        *) finish && exit || exit 1 ;;
+      esac
+      [ "$(state)" != ACTIVE ] || delete  # the other states are waited for
+    done ;;
+  follow)
+    [ $# -eq 0 ] || usage
+    [ "$dry_run" ] || { follow && finish; } ;;
+  stop)
+    [ "${1:---yes}" = --yes ] || usage
+    if [ $# -eq 0 ] && [ ! "$dry_run" ]; then
+      read -r -p "delete the TPU $name in $zone, and end what runs on it? [y/N] " answer
+      [ "$answer" = y ] || exit 1
+    fi
+    delete ;;
+  *) usage ;;
+esac

@@ -40,11 +40,14 @@ SLOW = (
   *('test_hostile_files.py', 'test_main.py', 'test_names.py', 'test_perceptual.py'),
   *(
     'test_snapshots.py',
+    'test_stalls.py',
     'test_pod.py',
     'test_report.py',
     'test_studies.py',
+    'test_tpu_pod.py',
     'test_train.py',
     'test_trust.py',
+    'test_watchdog.py',
   ),
 )
 

@@ -63,6 +63,11 @@ def test_two_processes_of_four_devices_are_one_of_eight(fsdp, tmp_path):
     f'--config.mesh.fsdp={fsdp}',
     f'--config.mesh.num_slices={1 + fsdp}',
   ]
+  files = (
+    tmp_path / '2' / '.processes'
+  )  # with one of an earlier start, which was killed
+  files.mkdir(parents=True)
+  (files / 'earlier-1-5').write_text('{')
   pods = {n: launched(n, 8 // n, *arguments, f'--workdir={tmp_path / str(n)}')
           for n in (1, 2)}  # fmt: skip
   for n, pod in pods.items():
@@ -72,6 +77,7 @@ def test_two_processes_of_four_devices_are_one_of_eight(fsdp, tmp_path):
     assert text.count(f'done: {tmp_path / str(n)}') == 1, text
   one, two = rows(tmp_path / '1'), rows(tmp_path / '2')
   assert [row['step'] for row in two] == list(range(1, 51))
+  assert not list(files.iterdir())
   for a, b in zip(one, two, strict=True):
     assert b['loss'] == pytest.approx(a['loss'], rel=1e-6)  # order of float32 sums
   pictures = (tmp_path / str(n) / 'pictures' / 'heun_00000050.png' for n in (1, 2))

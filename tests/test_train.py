@@ -1,6 +1,5 @@
 """The training step, the loop, and what survives when a run is killed."""
 
-import functools
 import json
 import os
 from pathlib import Path
@@ -19,7 +18,7 @@ import pytest
 
 from cmjax import core, schedules, train
 from cmjax.data.tfds import DATA_DIR_VARIABLE
-from cmjax.runtime import checkpoint, logs, pretrained, sharding, watchdog
+from cmjax.runtime import checkpoint, logs, pretrained, sharding
 from cmjax.runtime.config import load, read
 from cmjax.runtime.config_record import differences
 from cmjax.runtime.run import prepare
@@ -401,7 +400,8 @@ def test_parts_that_do_not_divide_the_batch_are_refused():
 def rows_of(workdir):
   """What was logged, without what depends on the clock."""
   rows = [json.loads(line) for line in (workdir / 'metrics.jsonl').open()]
-  return [{k: v for k, v in row.items() if k != 'images_per_s'} for row in rows]
+  timed = ('images_per_s', 'data_wait')
+  return [{k: v for k, v in row.items() if k not in timed} for row in rows]
 
 
 def test_a_preempted_run_resumes_to_the_same_bits(tmp_path, one_device, capsys):
@@ -546,21 +546,29 @@ def test_steps_skipped_before_a_restart_are_not_counted_after_it(tmp_path, one_d
   assert int(state.step) == 12
 
 
-def test_a_training_step_that_hangs_is_reported(
+def test_a_training_step_that_waits_for_data_is_reported(
   tmp_path, one_device, monkeypatch, capsys
 ):
-  run, read = prepare(small(), one_device), train.batch
+  settings = dict(watchdog__report_s=0.2, every__log_steps=24)
+  run, read = prepare(small(**settings), one_device), train.batches
 
-  def slow(run, step):
-    time.sleep(1.0 if step == 20 else 0.0)
-    return read(run, step)
+  def slow(run, first):
+    for step, batch in enumerate(read(run, first), first + 1):
+      time.sleep(1.0 if step == 21 else 0.0)
+      yield batch
 
-  monkeypatch.setattr(train, 'batch', slow)
-  soon = functools.partial(watchdog.Watchdog, least_s=0.2)
-  monkeypatch.setattr(watchdog, 'Watchdog', soon)
+  monkeypatch.setattr(train, 'batches', slow)
+  monkeypatch.setattr(train, 'SHOWN_WAIT', 0.0)
   train.train(run, tmp_path, {})
-  err = capsys.readouterr().err
-  assert re.search(r'process 0: step 21 has taken \d s, .* may hang', err)
+  printed = capsys.readouterr()
+  assert re.search(
+    r'process 0: step 21 has taken \d s, .*: this process waits for its data;',
+    printed.err,
+  )
+  assert 'in slow' in printed.err
+  (row,) = (json.loads(line) for line in (tmp_path / 'metrics.jsonl').open())
+  assert 0.1 < row['data_wait'] < 1  # 23 steps of a few ms, and the second in one
+  assert f'data_wait={row["data_wait"]:.4g}' in printed.out
 
 
 def test_two_runs_in_one_folder_lose_nothing(tmp_path, one_device):

@@ -143,6 +143,7 @@ def training_figures(series: Mapping[str, Series]) -> list[Markup]:
       s = training.pop(name)
       figures.append(figure(name, [Curve('', s)], place='schedule', log=(False, log)))
   add('images_per_s', False)
+  add('data_wait', False)
   training.pop('skipped_steps', None)
   names = sorted(training, key=lambda name: not name.endswith('_norm'))
   for name in names[:MAX_OTHERS]:

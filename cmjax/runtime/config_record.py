@@ -28,6 +28,7 @@ from cmjax.runtime.records import (
   Search,
   Seed,
   StepsOrNever,
+  Watchdog,
 )
 
 REQUIRED = parts.REQUIRED  # the value of a key that must be given
@@ -68,6 +69,7 @@ class Config:
   evaluation: Annotated[Evaluation, MAY_CHANGE]
   search: Annotated[Search, MAY_CHANGE]
   every: Annotated[Every, MAY_CHANGE]
+  watchdog: Annotated[Watchdog, MAY_CHANGE]
   keep_checkpoints: Annotated[Count, MAY_CHANGE]
 
   @property
@@ -83,7 +85,7 @@ class Config:
     for name, value in values.items():
       if isinstance(value, ConfigDict):
         values[name] = value.to_dict()
-      elif isinstance(value, Evaluation | Search | Every):
+      elif isinstance(value, Evaluation | Search | Every | Watchdog):
         values[name] = dataclasses.asdict(value)
     return values
 
@@ -156,7 +158,7 @@ def checked(
   return record
 
 
-Record = TypeVar('Record', Config, Evaluation, Search, Every)
+Record = TypeVar('Record', Config, Evaluation, Search, Every, Watchdog)
 
 
 def _record(

@@ -76,3 +76,11 @@ class Every:
   evaluate_steps: StepsOrNever
   checkpoint_steps: Steps
   snapshot_steps: StepsOrNever
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Watchdog:
+  """When a training step that hangs is reported, and when it ends the process."""
+
+  report_s: Annotated[float, Bounds(0.1, 1e9)]
+  stop_s: Annotated[float, Bounds(0.0, 1e9)]

@@ -1,6 +1,7 @@
 """Metrics of training steps: their means, and whether training has failed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+import contextlib
 import math
 import time
 from typing import Any
@@ -34,9 +35,16 @@ class Window:
     self._rows.append(metrics)
     self._num_timed += 1
 
+  @contextlib.contextmanager
+  def waiting_for_data(self) -> Iterator[None]:
+    """Counts the time within as one of waiting for the next batch."""
+    start = time.monotonic()
+    yield
+    self._data_s += time.monotonic() - start
+
   def restart_clock(self) -> None:
-    """Excludes the time and the steps so far from images_per_s."""
-    self._start, self._num_timed = time.monotonic(), 0
+    """Excludes the time and the steps so far from images_per_s and data_wait."""
+    self._start, self._num_timed, self._data_s = time.monotonic(), 0, 0.0
 
   def partial(self) -> dict[str, Any]:
     """The state of an unfinished window, for JSON."""
@@ -44,12 +52,17 @@ class Window:
     return {'steps': self._num_steps, 'sums': self._sums, 'skipped': self._skipped}
 
   def close(self, step: int, batch_size: int) -> tuple[list[int], dict[str, float]]:
-    """Skipped steps and mean metrics up to `step`, with images_per_s; empties it."""
+    """Skipped steps and mean metrics up to `step`, with speeds; empties the window.
+
+    `images_per_s`, and `data_wait`: the fraction of the time in which this process
+    waited for the next batch.
+    """
     self._fetch()
     seconds = time.monotonic() - self._start
     means = {name: total / self._num_steps for name, total in self._sums.items()}
     if self._num_timed:
       means['images_per_s'] = self._num_timed * batch_size / seconds
+      means['data_wait'] = self._data_s / seconds
     first = step - self._num_steps + 1
     skipped = [first + i for i in self._skipped]
     self._num_steps, self._sums, self._skipped = 0, {}, []
