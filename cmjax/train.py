@@ -71,14 +71,17 @@ def steps(
   """
   current: TrainState = first_state(run) if state is None else state
   train_step, start = compiled_step(run), int(current.step)
-  data = batches(run, start) if data is None else data
   dispatched: collections.deque[dict[str, Array]] = collections.deque()
-  for step, batch in zip(range(start + 1, run.total_steps + 1), data, strict=False):
-    current, metrics = train_step(current, run.frozen, batch)
-    dispatched.append(metrics)
-    if len(dispatched) > AHEAD:  # otherwise, batches fill the memory of the devices
-      jax.block_until_ready(dispatched.popleft())
-    yield step, current, metrics
+  with contextlib.ExitStack() as stack:
+    if data is None:
+      data = own = batches(run, start)
+      stack.callback(own.close)
+    for step, batch in zip(range(start + 1, run.total_steps + 1), data, strict=False):
+      current, metrics = train_step(current, run.frozen, batch)
+      dispatched.append(metrics)
+      if len(dispatched) > AHEAD:  # otherwise, batches fill the memory of the devices
+        jax.block_until_ready(dispatched.popleft())
+      yield step, current, metrics
 
 
 def compiled_step(run: Run) -> jax.stages.Wrapped:
