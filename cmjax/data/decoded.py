@@ -18,14 +18,20 @@ _MAX_BYTES = 16 * 2**30  # of the folder; the files used last remain (cmjax choi
 Arrays = dict[str, np.ndarray]
 
 
-def cached(identity: str, make: Callable[[], Arrays]) -> Arrays:
+def cached(
+  identity: str,
+  make: Callable[[], Arrays],
+  is_valid: Callable[[Arrays], bool] = lambda arrays: True,
+) -> Arrays:
   """The arrays that `make` returns, from CMJAX_CACHE_DIR/decoded if they are there.
 
-  A file of the cache that is damaged is ignored, and replaced; one that cannot be
-  written is reported. The folder grows to at most 16 GiB.
+  A file of the cache that is damaged or not valid is reported, and replaced; one that
+  cannot be written is reported. The folder grows to at most 16 GiB.
   """
   path = _path(identity)
   arrays = found(identity)
+  if arrays is not None and not is_valid(arrays):
+    arrays = _drop(path, 'holds other arrays')
   if arrays is None:
     arrays = make()
     _write(path, arrays)
@@ -41,13 +47,16 @@ def found(identity: str) -> Arrays | None:
     with np.load(path, allow_pickle=False) as file:  # which checks CRC-32
       arrays = {name: file[name] for name in file.files}
   except Exception as error:  # damaged bytes raise errors of many types
-    logs.say(f'{path}: damaged, decoded again ({first_line(error)})')
-    with contextlib.suppress(OSError):
-      path.unlink()
-    return None
+    return _drop(path, first_line(error))
   with contextlib.suppress(OSError):  # of a cache that is read-only
     os.utime(path)  # the time of its last use
   return arrays
+
+
+def _drop(path: Path, reason: str) -> None:
+  logs.say(f'{path}: damaged, decoded again ({reason})')
+  with contextlib.suppress(OSError):
+    path.unlink()
 
 
 def _path(identity: str) -> Path:
@@ -67,7 +76,8 @@ def _write(path: Path, arrays: Arrays) -> None:
       np.savez(file, allow_pickle=False, **arrays)
     os.replace(unfinished, path)
   except OSError as error:
-    unfinished.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+      unfinished.unlink()
     logs.say(f'{path}: cannot cache the decoded data ({error.strerror})')
 
 
