@@ -783,6 +783,7 @@ def rows_of(workdir):
   return [(row['step'], row['loss']) for row in map(json.loads, lines)]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path('/proc/self/stat').exists(), reason='reads /proc')
 def test_a_worker_or_a_trainer_that_is_killed_leaves_a_run_that_resumes(tmp_path):
   path, workdir = make_zip(tmp_path), tmp_path / 'run'
