@@ -367,7 +367,10 @@ BAD_LABELS = {
   'a float': (pairs({name_of(3): 1.0}), 'must be pairs of a name and an integer'),
   'a bool': (pairs({name_of(3): True}), 'must be pairs of a name and an integer'),
   'a name': (pairs({name_of(3): 'cat'}), 'must be pairs of a name and an integer'),
-  'beyond int64': (pairs({name_of(3): 2**70}), 'must be pairs of a name and an integer'),
+  'beyond int64': (
+    pairs({name_of(3): 2**70}),
+    'must be pairs of a name and an integer',
+  ),
   'below 0': (pairs({name_of(3): -1}), 'must be integers from 0'),
   'too large': (pairs({name_of(3): 10**9}), 'is 1000000000, which is too large for 23'),
   'twice': (
@@ -391,7 +394,9 @@ def test_labels_that_are_not_what_they_claim_are_one_line(kind, fault, tmp_path)
   content, told = BAD_LABELS[fault]
   path = save_tree(tmp_path / 'folder', None)
   text = content if isinstance(content, str | bytes) else json.dumps(content)
-  (path / 'dataset.json').write_bytes(text if isinstance(text, bytes) else text.encode())
+  (path / 'dataset.json').write_bytes(
+    text if isinstance(text, bytes) else text.encode()
+  )
   if kind == 'zip':
     path = save_zip(tmp_path / 'set.zip', members_of(path))
   with pytest.raises(UserError, match=told) as error:
@@ -525,17 +530,26 @@ BAD_SHARDS = {
     r"'images' differ: .*0\.npz.*1\.npz float32",
   ),
   'no labels in one': ((GOOD, dict(images=GOOD['images'])), r"1\.npz has no 'labels'"),
-  'too few labels': ((GOOD, GOOD | dict(labels=np.arange(2))), r"1\.npz has no 'labels'"),
+  'too few labels': (
+    (GOOD, GOOD | dict(labels=np.arange(2))),
+    r"1\.npz has no 'labels'",
+  ),
   'labels of floats': ((GOOD, GOOD | dict(labels=np.ones(3))), 'integers from 0'),
   'labels below 0': ((GOOD, GOOD | dict(labels=-np.ones(3, int))), 'integers from 0'),
-  'labels too large': ((GOOD, GOOD | dict(labels=np.full(3, 99))), 'is 99, .* too large'),
+  'labels too large': (
+    (GOOD, GOOD | dict(labels=np.full(3, 99))),
+    'is 99, .* too large',
+  ),
   'labels beyond int64': (
     (GOOD, GOOD | dict(labels=np.full(3, 2**64 - 1, np.uint64))),
     'too large',
   ),
   'an empty one': ((GOOD, dict(images=u8(0, 4, 4, 3), labels=np.arange(0))), r'1\.npz'),
   'no images in one': ((GOOD, dict(pixels=u8(3, 4, 4, 3))), r"1\.npz has no 'images'"),
-  'objects': ((GOOD, GOOD | dict(images=np.array([None] * 3))), r'cannot read .*1\.npz'),
+  'objects': (
+    (GOOD, GOOD | dict(images=np.array([None] * 3))),
+    r'cannot read .*1\.npz',
+  ),
   'four channels': ((GOOD | dict(images=u8(3, 4, 4, 4)),) * 2, '4 channels'),
   'a number': ((GOOD | dict(images=np.uint8(1)),), r'shape \(\)|should be'),
 }
@@ -808,7 +822,9 @@ def test_a_worker_or_a_trainer_that_is_killed_leaves_a_run_that_resumes(tmp_path
   assert trainer.returncode == 2
   lines = [line for line in err.splitlines() if line.startswith('cmjax: ')]
   (line,) = lines
-  assert re.search(r'config\.loader\.workers: a worker process ended .*-9', line)
+  assert re.search(
+    r'config\.loader\.workers: a worker process ended .*exit code -9', line
+  )
 
   trainer, (worker,) = start()  # resumes; signals to the group are not for workers
   os.kill(worker, signal.SIGTERM)

@@ -4,6 +4,7 @@ from collections.abc import Generator
 import contextlib
 import multiprocessing
 import os
+import re
 import signal
 import threading
 from typing import Any, NamedTuple
@@ -28,8 +29,8 @@ def read_ahead(
 ) -> Generator[Batch, None, None]:
   """`batch_at` of the steps `first`, `first` + 1, ..., read before they are asked for.
 
-  The batches are functions of (seed, step, rows) alone, so that a run resumes without a
-  saved position, with any settings. Closing the iterator ends its threads and processes.
+  Batches depend on (seed, step, rows) alone, so that a run resumes without a saved
+  position, with any settings. Closing the iterator ends its threads and processes.
 
   Raises: UserError if a worker process dies, or an example cannot be read.
   """
@@ -82,11 +83,12 @@ def _next(elements: Any, settings: Loader) -> Batch:
   try:
     return next(elements)
   except RuntimeError as error:
-    if not settings.workers or 'Worker process was terminated' not in str(error):
+    ended = re.search('terminated unexpectedly with (exit code -?[0-9]+)', str(error))
+    if not settings.workers or not ended:
       raise
     raise UserError(
-      f'config.loader.workers: a worker process ended unexpectedly ({error}); repeat '
-      'the command to resume, with fewer workers if memory ran out'
+      f'config.loader.workers: a worker process ended unexpectedly ({ended[1]}); '
+      'repeat the command to resume, with fewer workers if memory ran out'
     ) from error
 
 
