@@ -182,7 +182,7 @@ def test_a_float_outside_the_range_is_found_when_it_is_read(tmp_path):
     points.examples[np.array([1, 3])]
 
 
-# What needs more than a batch ----------------------------------------------------------
+# What needs more than a batch ------------------------------------------------------
 
 
 def test_what_needs_all_data_in_memory_refuses_data_on_disk(tmp_path):
@@ -217,7 +217,7 @@ def test_a_fingerprint_changes_with_the_files(make, tmp_path):
   assert contents(from_path(**settings))[0] != first
 
 
-# Resizing ------------------------------------------------------------------------------
+# Resizing --------------------------------------------------------------------------
 
 
 def picture(width, height):
@@ -328,7 +328,7 @@ def test_arrays_are_not_resized(tmp_path):
     from_path(path=str(make_npz(tmp_path)), size=8)
 
 
-# Zip files and dataset.json -------------------------------------------------------------
+# Zip files and dataset.json --------------------------------------------------------
 
 
 def test_an_edm_zip_without_labels_is_unconditional(tmp_path):
@@ -452,8 +452,9 @@ def moved(place):  # a member whose header is not where the directory states
 
 def twice(place):
   save_image(place / '0.png')
-  with pytest.warns(UserWarning), zipfile.ZipFile(place / 'set.zip', 'w') as file:
-    for _ in range(2):
+  with zipfile.ZipFile(place / 'set.zip', 'w') as file:
+    file.writestr('a/0.png', (place / '0.png').read_bytes())
+    with pytest.warns(UserWarning, match='Duplicate name'):
       file.writestr('a/0.png', (place / '0.png').read_bytes())
 
 
@@ -477,8 +478,8 @@ BAD_ZIPS = {
 @pytest.mark.parametrize('memory_gib', [0.0, 4.0])
 def test_a_bad_zip_is_one_line(make, memory_gib, tmp_path):
   make(tmp_path)
+  path = str(tmp_path / 'set.zip')
   with at_once(), pytest.raises(UserError, match=BAD_ZIPS[make]) as error:
-    path = str(tmp_path / 'set.zip')
     from_path(path=path, conditional=True, memory_gib=memory_gib)
   assert '\n' not in str(error.value)
 
@@ -509,7 +510,7 @@ def test_a_damaged_image_is_one_line_that_names_it(workers, tmp_path):
   assert '\n' not in str(error.value)
 
 
-# Shards ---------------------------------------------------------------------------------
+# Shards ----------------------------------------------------------------------------
 
 
 def shards(place, *arrays, save=np.savez):
@@ -560,8 +561,8 @@ BAD_SHARDS = {
 def test_a_bad_shard_is_one_line(fault, memory_gib, tmp_path):
   arrays, told = BAD_SHARDS[fault]
   shards(tmp_path, *arrays)
+  path = str(tmp_path / 'set')
   with pytest.raises(UserError, match=told) as error:
-    path = str(tmp_path / 'set')
     from_path(path=path, conditional=True, memory_gib=memory_gib)
   assert '\n' not in str(error.value)
 
@@ -582,7 +583,7 @@ def test_a_shard_that_is_cut_is_refused(tmp_path):
       from_path(path=str(tmp_path / 'set'), memory_gib=memory_gib)
 
 
-# The cache of decoded data --------------------------------------------------------------
+# The cache of decoded data ---------------------------------------------------------
 
 
 @pytest.fixture
@@ -691,7 +692,7 @@ def test_data_that_should_be_in_memory_and_does_not_fit_names_the_key(
   assert not from_path(path=path, memory_gib=0.0).in_memory
 
 
-# TFDS -----------------------------------------------------------------------------------
+# TFDS ------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -741,7 +742,7 @@ def test_the_default_folder_is_that_of_tfds(monkeypatch):
   assert folder == Path(constants.get_default_data_dir())
 
 
-# Whole processes ------------------------------------------------------------------------
+# Whole processes -------------------------------------------------------------------
 
 
 def command(path, workdir, **settings):
