@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cmjax.core import Array, Params
-from cmjax.data.source import Source, as_x0, bounds
+from cmjax.data.source import Source, as_x0, bounds, contents
 from cmjax.metrics.metric import Batches, Metric
 from cmjax.runtime import logs, sharding
 from cmjax.runtime.feature_store import FeatureStore, cache_folder, digest
@@ -68,9 +68,8 @@ def _cached(subject: Subject, name: str, metric: Metric) -> FeatureStore:
   part = json.dumps(subject.config.to_dict()['metrics'][name], sort_keys=True)
   scale = json.dumps([source.offset, source.scale])
   text = program(metric.features, metric.params, *abstract_batch(source))
-  data = (source.examples, source.labels)
-  contents = digest(name, part, scale, text, *data, metric.params)
-  store = FeatureStore(cache_folder() / contents)
+  key = digest(name, part, scale, text, *contents(source), metric.params)
+  store = FeatureStore(cache_folder() / key)
   finished = set(sharding.from_process_0(store.finished))
   num_batches = -(-len(source.examples) // _DATA_BATCH)
   if len(finished) < num_batches:

@@ -12,7 +12,7 @@ import numpy as np
 
 from cmjax import checks
 from cmjax.core import Params, UserError
-from cmjax.data.source import as_x0
+from cmjax.data.source import all_x0
 from cmjax.data_features import (
   abstract_batch,
   compiled_features,
@@ -147,7 +147,7 @@ def build_metrics(subject: Subject, key: str = 'evaluation') -> dict[str, Metric
   config, source = subject.config, subject.source
   given: dict[str, Any] = {'labels': source.labels, 'source': source}
   if any('real' in _keywords(part, name) for name, part in config.metrics.items()):
-    given['real'] = as_x0(source, source.examples)  # a copy of all data as floats
+    given['real'] = all_x0(source, 'config.metrics: a metric of pixels')
   metrics = build.build_each(config.metrics, 'config.metrics', Metric, **given)
   x, labels = abstract_batch(source)
   num_samples = getattr(config, key).num_samples

@@ -84,7 +84,7 @@ def _image(x: Any, data: Any, columns: int) -> Any:
 def samples(source: Source, x: np.ndarray, columns: int = 20) -> np.ndarray:
   """A picture u8[H, W, 3] of samples f32[N, ...]: a grid, or points over the data."""
   if len(source.shape) == 1:
-    return scatter(x[:, :2], as_x0(source, source.examples[:2000, :2]))
+    return scatter(x[:, :2], as_x0(source, source.examples[:2000])[:, :2])
   return grid(as_uint8(source, x), columns)
 
 

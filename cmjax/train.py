@@ -72,14 +72,17 @@ def steps(
   """
   current: TrainState = first_state(run) if state is None else state
   train_step, start = compiled_step(run), int(current.step)
-  data = batches(run, start) if data is None else data
   dispatched: collections.deque[dict[str, Array]] = collections.deque()
-  for step, batch in zip(range(start + 1, run.total_steps + 1), data, strict=False):
-    current, metrics = train_step(current, run.frozen, batch)
-    dispatched.append(metrics)
-    if len(dispatched) > AHEAD:  # otherwise, batches fill the memory of the devices
-      jax.block_until_ready(dispatched.popleft())
-    yield step, current, metrics
+  given = (
+    contextlib.nullcontext(data) if data else contextlib.closing(batches(run, start))
+  )
+  with given as each:
+    for step, batch in zip(range(start + 1, run.total_steps + 1), each, strict=False):
+      current, metrics = train_step(current, run.frozen, batch)
+      dispatched.append(metrics)
+      if len(dispatched) > AHEAD:  # otherwise, batches fill the memory of the devices
+        jax.block_until_ready(dispatched.popleft())
+      yield step, current, metrics
 
 
 def compiled_step(run: Run) -> jax.stages.Wrapped:
@@ -131,7 +134,7 @@ def train(
     primary = jax.process_index() == 0
     trackers = tracking.Trackers(run.config, folder, start)
     with (
-      sharding.on_process_0(provenance.recorded(folder, start, _facts(run))),
+      sharding.on_process_0(provenance.recorded(folder, start, run.facts())),
       contextlib.closing(checkpoints),
       sharding.on_process_0(trackers.running()),
       contextlib.closing(Snapshots(folder, run.config)) as snapshots,
@@ -140,8 +143,11 @@ def train(
       preemption.Notice() as notice,
       contextlib.closing(watchdog.Watchdog(run.config.watchdog, folder)) as watch,
       contextlib.closing(profile.Trace(folder, span)) as trace,
+      contextlib.closing(batches(run, start)) as data,
     ):
-      services = _Services(checkpoints, snapshots, log, progress, notice, watch, trace)
+      services = _Services(
+        data, checkpoints, snapshots, log, progress, notice, watch, trace
+      )
       state, finished = _loop(run, state, meta, hooks or {}, services)
     if finished and jax.process_index() == 0:
       provenance.mark_caught_up(folder, int(state.step))
@@ -174,8 +180,9 @@ def save(run: Run, state: TrainState, workdir: str | Path) -> None:
 
 
 class _Services(NamedTuple):
-  """What the loop writes to, and what monitors it."""
+  """What the loop reads and writes, and what monitors it."""
 
+  data: Iterator[Batch]
   checkpoints: checkpoint.Checkpoints
   snapshots: Snapshots
   log: logs.RunLog
@@ -193,7 +200,7 @@ def _loop(
   services: _Services,
 ) -> tuple[TrainState, bool]:
   """The last state and True; after a preemption notice, the saved state and False."""
-  checkpoints, snapshots, log, progress, notice, watch, trace = services
+  data, checkpoints, snapshots, log, progress, notice, watch, trace = services
   every, start, total = run.config.every, int(first.step), run.total_steps
   state, window = first, Window(meta.get('window'))
   losses: list[float] = []  # one mean per window
@@ -209,7 +216,7 @@ def _loop(
     logs.say(f'preempted: saved step {step}; repeat the command to resume')
     return state, False
 
-  def awaited(data: Iterator[Batch]) -> Iterator[Batch]:
+  def awaited() -> Iterator[Batch]:
     for step in range(start + 1, total + 1):
       with watch.doing('data', step), window.waiting_for_data():
         batch = next(data)
@@ -239,7 +246,7 @@ def _loop(
   if start < total:
     logs.say('compiling the training step ...')
   start_s = time.monotonic()
-  stepping = steps(run, first, awaited(batches(run, start)))
+  stepping = steps(run, first, awaited())
   for step, state, metrics in trace.around(stepping, start, interrupt):
     window.add(metrics)
     trace.end(step, metrics, interrupt)
@@ -279,16 +286,8 @@ def _loop(
   return state, True
 
 
-def _facts(run: Run) -> dict[str, Any]:
-  return {
-    'data': run.source.name,
-    'examples': len(run.source.examples),
-    'parameters': sum(a.size for a in jax.tree.leaves(run.abstract_params())),
-  }
-
-
 def _summary(run: Run, start: int) -> str:
-  facts = _facts(run)
+  facts = run.facts()
   return (
     f'{facts["data"]}: {facts["examples"]:,} examples; '
     f'{facts["parameters"]:,} parameters; '

@@ -8,6 +8,7 @@ import pytest
 
 from cmjax import core, train
 from cmjax.modes import bench
+from cmjax.runtime import batches
 from cmjax.runtime.config import read
 from cmjax.runtime.flops import PEAKS, flops
 from cmjax.runtime.run import prepare
@@ -43,7 +44,7 @@ def test_every_part_takes_some_time_and_less_than_all(result):
 
 def test_an_objective_without_its_networks_multiplies_no_matrices(one_device):
   run = prepare(small(), one_device)
-  params, batch = random_state(run).params, train.batch(run, 0)
+  params, batch = random_state(run).params, batches.batch(run, 0)
 
   def counted(loss):
     keys = core.streams(jax.random.key(0), 0)
@@ -65,7 +66,7 @@ def test_the_numbers_of_one_report_agree(result):
 
 def test_data_that_takes_as_long_as_a_step_is_waited_for(monkeypatch, one_device):
   run = prepare(small(network__width=16, network__num_blocks=1), one_device)
-  batch = train.batch(run, 0)
+  batch = batches.batch(run, 0)
 
   class Sleeper(bench.Stepper):
     def __call__(self, batch):
@@ -76,7 +77,7 @@ def test_data_that_takes_as_long_as_a_step_is_waited_for(monkeypatch, one_device
     time.sleep(0.01)
     return batch
 
-  monkeypatch.setattr(train, 'batch', slow)
+  monkeypatch.setattr(batches, 'batch', slow)
   monkeypatch.setattr(bench, 'ROUND_S', 0.0)
   monkeypatch.setattr(bench, 'WINDOW_S', 0.05)
   alone, with_data = bench._loop_seconds(run, Sleeper(run, None, None), batch)
@@ -155,7 +156,7 @@ def test_parts_of_a_batch_take_as_many_operations_as_the_whole(one_device):
   def counted(accumulate):
     run = prepare(small(accumulate=accumulate), one_device)
     state = train.abstract_state(run)
-    traced = train.compiled_step(run).trace(state, run.frozen, train.batch(run, 0))
+    traced = train.compiled_step(run).trace(state, run.frozen, batches.batch(run, 0))
     return flops(traced.jaxpr)
 
   assert counted(2) == counted(1) > 0

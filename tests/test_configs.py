@@ -10,7 +10,7 @@ import pytest
 from cmjax import core, train
 from cmjax.data import tfds
 from cmjax.data.source import Source
-from cmjax.runtime import build, checkpoint, pretrained, sharding
+from cmjax.runtime import batches, build, checkpoint, pretrained, sharding
 from cmjax.runtime.config import read
 from cmjax.runtime.config_record import REQUIRED, checked, require
 from cmjax.runtime.run import prepare
@@ -134,8 +134,8 @@ def test_config_takes_two_steps(path, stand_ins):
     make_train_step(run.loss, run.tx, run.ema_decays, run.target_decay, seed=0)
   )
   # Two steps: a learning rate that warms up from zero moves nothing in the first.
-  state, first = step(before, run.frozen, train.batch(run, 0))
-  state, second = step(state, run.frozen, train.batch(run, 1))
+  state, first = step(before, run.frozen, batches.batch(run, 0))
+  state, second = step(state, run.frozen, batches.batch(run, 1))
   for metrics in (first, second):
     assert np.isfinite(metrics['loss'])
     assert metrics['grad_norm'] > 0

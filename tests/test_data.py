@@ -662,7 +662,7 @@ def test_what_is_neither_folder_nor_npz_is_refused(name, tmp_path):
   told = (
     'cannot read'
     if path.endswith(('cut.npz', 'empty.npz'))
-    else 'neither a folder nor an .npz file'
+    else 'neither a folder nor an .npz or .zip file'
   )
   assert told in str(error.value)
   assert '\n' not in str(error.value)

@@ -14,7 +14,7 @@ import pytest
 
 from cmjax import train
 from cmjax.core import UserError
-from cmjax.runtime import sharding
+from cmjax.runtime import batches, sharding
 from cmjax.runtime.config_record import ConfigDict, checked, require
 from cmjax.runtime.overrides import override
 from cmjax.runtime.run import prepare
@@ -115,7 +115,7 @@ def test_a_random_value_is_one_line_or_trains(case, stand_ins, monkeypatch, tmp_
     assert len(one_line) < 700
     return
   state = train.first_state(run)
-  state, metrics = train.compiled_step(run)(state, run.frozen, train.batch(run, 0))
+  state, metrics = train.compiled_step(run)(state, run.frozen, batches.batch(run, 0))
   assert int(state.step) == 1, overrides
   # A step that is not finite is skipped and counted; it is none the less a step.
   assert np.isfinite(metrics['loss']) or metrics['skipped'] == 1, overrides

@@ -35,6 +35,8 @@ DOORS = {
   'flax': ['networks.*'],
   'ml_collections': ['runtime.config_record', 'runtime.records', 'runtime.build'],
   'tensorflow_datasets': ['data.tfds'],
+  'grain': ['runtime.loader'],
+  'absl': ['runtime.loader'],
   'orbax': ['runtime.checkpoint', 'runtime.storage'],
   'xxhash': ['runtime.checksums'],
   'clu': ['runtime.logs'],
@@ -43,7 +45,7 @@ DOORS = {
   'mlflow': ['runtime.trackers'],
   'tqdm': ['runtime.logs'],
   'matplotlib': ['pictures', 'report.svg'],
-  'PIL': ['runtime.results', 'report.embed', 'data.files', 'pictures'],
+  'PIL': ['runtime.results', 'report.embed', 'data.images', 'pictures'],
   'IPython': ['pictures'],
   'sklearn': ['data.digits', 'metrics.pixels'],
   'optax': [

@@ -9,7 +9,7 @@ import pytest
 from cmjax import core, main, samplers, train
 from cmjax.data.source import clip
 from cmjax.port import write
-from cmjax.runtime import checkpoint, pretrained
+from cmjax.runtime import batches, checkpoint, pretrained
 from cmjax.runtime.config_record import ConfigDict
 from cmjax.runtime.reopen import beside, reopen, subject_of
 from cmjax.runtime.run import prepare
@@ -50,7 +50,7 @@ def test_a_teacher_reaches_the_objective_as_an_argument(taught, one_device):
 
   def first_loss(teacher):
     frozen = core.Frozen(teacher=teacher)
-    _, metrics = step(train.first_state(run), frozen, train.batch(run, 0))
+    _, metrics = step(train.first_state(run), frozen, batches.batch(run, 0))
     assert metrics['skipped'] == 0
     return float(metrics['loss'])
 

@@ -18,7 +18,7 @@ import pytest
 
 from cmjax import core, schedules, train
 from cmjax.data.tfds import DATA_DIR_VARIABLE
-from cmjax.runtime import checkpoint, logs, pretrained, sharding
+from cmjax.runtime import batches, checkpoint, logs, pretrained, sharding
 from cmjax.runtime.config import load, read
 from cmjax.runtime.config_record import differences
 from cmjax.runtime.run import prepare
@@ -195,7 +195,7 @@ def test_losses_do_not_depend_on_the_number_of_devices(one_device):
     )
     rows = []
     for k in range(20):
-      state, metrics = step(state, core.Frozen(), train.batch(run, k))
+      state, metrics = step(state, core.Frozen(), batches.batch(run, k))
       rows.append(float(metrics['loss']))
     losses.append(rows)
   assert len(jax.devices()) == 8
@@ -260,7 +260,7 @@ def test_ect_on_narrowed_cifar10_learns_a_fixed_batch(one_device):
   step = jax.jit(
     make_train_step(run.loss, run.tx, run.ema_decays, None, run.config.seed)
   )
-  fixed = train.batch(run, 0)
+  fixed = batches.batch(run, 0)
 
   @jax.jit
   def on_fixed_batch(params):
@@ -269,7 +269,7 @@ def test_ect_on_narrowed_cifar10_learns_a_fixed_batch(one_device):
 
   before = on_fixed_batch(state.params)
   for k in range(20):
-    state, metrics = step(state, core.Frozen(), train.batch(run, k))
+    state, metrics = step(state, core.Frozen(), batches.batch(run, k))
     assert np.isfinite(metrics['loss'])
     assert metrics['skipped'] == 0
   assert on_fixed_batch(state.params) < 0.98 * before
@@ -331,7 +331,7 @@ def test_split_state_gives_the_losses_of_data_parallel(slices):
   for i in range(10):
     losses = []
     for j, run in enumerate((whole, split)):
-      states[j], metrics = steps[j](states[j], run.frozen, train.batch(run, i))
+      states[j], metrics = steps[j](states[j], run.frozen, batches.batch(run, i))
       losses.append(float(metrics['loss']))
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)  # order of float32 sums
   places = jax.tree.map(lambda a: a.sharding, abstract_state(split))

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from cmjax.data.source import MAX_CLASSES, MAX_EXAMPLES, Source, image_source
+from cmjax.data.reading import MAX_CLASSES
+from cmjax.data.source import MAX_EXAMPLES, Source, image_source
 from cmjax.runtime import sharding
 
 

@@ -6,7 +6,7 @@ import re
 import numpy as np
 
 from cmjax.core import UserError
-from cmjax.data.files import IMAGE_SUFFIXES, image_files, read_image
+from cmjax.data.images import IMAGE_SUFFIXES, image_files, read_image
 from cmjax.data.reading import check_memory, reading
 
 

@@ -8,13 +8,15 @@ import numpy as np
 from cmjax.core import UserError, first_line
 from cmjax.runtime import sharding
 
+MAX_CLASSES = 10**6  # with more, one-hot labels would dominate the memory of a batch
 
-def check_memory(size: int, what: str) -> None:
+
+def check_memory(size: int, what: str, hint: str = 'fewer or smaller ones') -> None:
   """Raises: UserError if `size` bytes do not fit into the memory of this machine."""
   if size > sharding.host_memory():
     raise UserError(
       f'{what} take {size / 2**30:.3g} GiB, and this machine has '
-      f'{sharding.host_memory() / 2**30:.3g}; use fewer or smaller ones'
+      f'{sharding.host_memory() / 2**30:.3g}; use {hint}'
     )
 
 
@@ -29,13 +31,25 @@ def reading(what: str) -> Iterator[None]:
     raise UserError(f'{what} ({first_line(error)})') from error
 
 
-def empty_images(n: int, image: np.ndarray, what: str) -> np.ndarray:
-  """An uninitialised array for n images of the shape and dtype of `image`.
+def checked_labels(labels: np.ndarray, num_examples: int, what: str) -> np.ndarray:
+  """Labels i64[N], counted from 0.
 
-  Raises: UserError if they do not fit into memory.
+  Raises: UserError if there are not `num_examples`, they are no integers from 0, or one
+    is too large.
   """
-  check_memory(n * image.nbytes, what)
-  return np.empty((n, *image.shape), image.dtype)
+  if labels.shape != (num_examples,):
+    raise UserError(
+      f'{what} have shape {labels.shape}, and there are {num_examples} examples'
+    )
+  if labels.dtype.kind not in 'iu' or (len(labels) and labels.min() < 0):
+    raise UserError(f'{what} must be integers from 0')
+  if len(labels) and labels.max() >= min(len(labels), MAX_CLASSES):
+    raise UserError(
+      f'the largest of {what.partition(": ")[2] or what} is {labels.max()}, which is '
+      f'too large for {len(labels)} examples; number the classes from 0, up to '
+      f'{MAX_CLASSES} of them'
+    )
+  return labels.astype(np.int64)
 
 
 def checked_images(images: np.ndarray, what: str) -> np.ndarray:

@@ -1,25 +1,50 @@
-"""A data set in memory, and its batches: pure functions of the seed and the step.
+"""A data set, and its batches: pure functions of the seed and the step.
 
 Resuming a run therefore needs no saved position in the data.
 """
 
 from collections.abc import Mapping
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from cmjax.core import Batch, UserError
 
-MAX_CLASSES = 10**6  # with more, one-hot labels would dominate the memory of a batch
 MAX_EXAMPLES = 2**31 - 1  # indices are int32
 
 
+class Examples(Protocol):
+  """Examples that are not in memory, but on disk: what a `Source` needs of them."""
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """That of the array of all examples."""
+    ...
+
+  @property
+  def dtype(self) -> np.dtype:
+    """That of the examples."""
+    ...
+
+  def __len__(self) -> int:
+    """The number of examples."""
+    ...
+
+  def __getitem__(self, rows: Any, /) -> np.ndarray:
+    """The examples of a slice, or of indices i[R]; also in threads."""
+    ...
+
+  def fingerprint(self) -> str:
+    """A text that differs if the data does."""
+    ...
+
+
 class Source(NamedTuple):
-  """A data set in memory as it is stored, and the affine map to x0."""
+  """A data set as it is stored, and the affine map to x0."""
 
   name: str  # printed next to results
-  examples: np.ndarray  # uint8 or f32[N, H, W, C], or f32[N, D]
+  examples: np.ndarray | Examples  # uint8 or f32[N, H, W, C], or f32[N, D]
   labels: np.ndarray | None  # i[N] in [0, classes); None: unconditional
   classes: int  # 0: unconditional
   low: float  # smallest possible stored value; -inf if unbounded
@@ -32,6 +57,11 @@ class Source(NamedTuple):
   def shape(self) -> tuple[int, ...]:
     """Shape of one example."""
     return self.examples.shape[1:]
+
+  @property
+  def in_memory(self) -> bool:
+    """Whether the examples are an array, and not on disk."""
+    return isinstance(self.examples, np.ndarray)
 
 
 def batch_at(
@@ -57,6 +87,31 @@ def batch_at(
   cond = None if source.labels is None else one_hot(source, index)
   # `_make`, because the fields of Batch are annotated as arrays on a device.
   return Batch._make((x0, cond, index.astype(np.int32)))
+
+
+def first_row(source: Source, batch_size: int) -> Batch:
+  """The first row of a batch, for its shapes and dtypes; reads one example."""
+  return batch_at(source, 0, 0, batch_size, np.zeros(1, int))
+
+
+def contents(source: Source) -> tuple[Any, Any]:
+  """Examples and labels, to hash; of examples on disk, a fingerprint of the files."""
+  if isinstance(source.examples, np.ndarray):
+    return source.examples, source.labels
+  return source.examples.fingerprint(), source.labels
+
+
+def all_x0(source: Source, what: str) -> np.ndarray:
+  """All examples as x0 f32[N, ...], a copy.
+
+  Raises: UserError if they are on disk, which `what` does not support.
+  """
+  if isinstance(source.examples, np.ndarray):
+    return as_x0(source, source.examples)
+  raise UserError(
+    f'{what} needs all examples of {source.name} in memory, and they are on disk; '
+    'leave it out, or raise config.data.memory_gib'
+  )
 
 
 def check_batch(source: Source, batch_size: int) -> None:
@@ -179,7 +234,7 @@ def placeholder(
 
 def image_source(
   name: str,
-  examples: np.ndarray,
+  examples: np.ndarray | Examples,
   labels: np.ndarray | None,
   classes: int,
   flip: bool,

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+import contextlib
 import statistics
 import time
 from typing import Any
@@ -12,7 +13,7 @@ import optax
 
 from cmjax import train
 from cmjax.core import Batch, Loss, Model, Nets, TrainState, streams, unused
-from cmjax.runtime import build, logs, results, workdir
+from cmjax.runtime import batches, build, logs, results, workdir
 from cmjax.runtime.flops import PEAKS, flops
 from cmjax.runtime.run import Run, prepare
 from cmjax.runtime.state import random_state
@@ -66,7 +67,7 @@ def measure(run: Run) -> dict[str, Any]:
   """The measurements that `report` shows, as values for JSON."""
   start = time.perf_counter()
   state = random_state(run)
-  batch = train.batch(run, 0)
+  batch = batches.batch(run, 0)
   jax.block_until_ready((state, batch))
   ready = time.perf_counter()
   # `compiled_step` returns a jitted function, whose type has no `trace`.
@@ -141,16 +142,17 @@ def _loop_seconds(run: Run, stepper: Stepper, batch: Batch) -> tuple[float, floa
     stepper.loop(num_steps, next_batch)
     return (time.perf_counter() - start) / num_steps
 
-  windows = [
-    (window(lambda i: batch), window(lambda i: train.batch(run, i))) for _ in range(7)
-  ]
+  with contextlib.closing(batches.batches(run)) as data:
+    windows = [
+      (window(lambda i: batch), window(lambda i: next(data))) for _ in range(7)
+    ]
   fixed, with_data = zip(*windows)
   return statistics.median(fixed), statistics.median(with_data)
 
 
 def _parts(run: Run, state: TrainState) -> dict[str, Callable[[], Any]]:
   """The parts of a step, compiled one by one; a step may use each more than once."""
-  batch, frozen, params = train.batch(run, 0), run.frozen, state.params
+  batch, frozen, params = batches.batch(run, 0), run.frozen, state.params
 
   def sigmas(batch):
     return jnp.linspace(0.01, 10.0, len(batch.x0))

@@ -28,7 +28,8 @@ def run(flags: argparse.Namespace) -> None:
   logs.say(logs.markdown_table(rows) if rows else 'no schedules')
   source = prepared.source
   logs.say(
-    f'\n{source.name}: {len(source.examples):,} examples of shape {source.shape}; '
+    f'\n{source.name}: {len(source.examples):,} examples of shape {source.shape} '
+    f'{"in memory" if source.in_memory else "on disk"}; '
     f'{total:,} steps of {config.batch_size} on {prepared.mesh.size} '
     f'{jax.devices()[0].platform} device(s)'
   )

@@ -1,14 +1,15 @@
 """The batches of a run on its devices."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
+import contextlib
 import itertools
 
 import jax
-import numpy as np
 
 from cmjax.core import Batch
-from cmjax.data.source import batch_at
+from cmjax.data.source import batch_at, first_row
 from cmjax.runtime import sharding
+from cmjax.runtime.loader import read_ahead
 from cmjax.runtime.run import Run
 
 
@@ -20,16 +21,26 @@ def batch(run: Run, step: int) -> Batch:
   return sharding.place_rows(host, rows, size, run.mesh)
 
 
-def batches(run: Run, first: int = 0) -> Iterator[Batch]:
-  """The global batches of the steps `first`, `first` + 1, ..., without end."""
-  for step in itertools.count(first):
-    yield batch(run, step)
+def batches(run: Run, first: int = 0) -> Generator[Batch, None, None]:
+  """The global batches of the steps `first`, `first` + 1, ..., without end.
+
+  Data on disk is read ahead, as `config.loader` states; closing the iterator ends that.
+  """
+  if run.source.in_memory:
+    for step in itertools.count(first):
+      yield batch(run, step)
+  config, size = run.config, run.config.batch_size
+  rows = sharding.local_rows(run.mesh, size)
+  on_hosts = read_ahead(run.source, config.seed, first, size, rows, config.loader)
+  with contextlib.closing(on_hosts):
+    for host in on_hosts:
+      yield sharding.place_rows(host, rows, size, run.mesh)
 
 
 def abstract_batch(run: Run) -> Batch:
   """Shapes, dtypes and shardings of a batch, from the first example."""
   size = run.config.batch_size
-  row = batch_at(run.source, run.config.seed, 0, size, np.zeros(1, int))
+  row = first_row(run.source, size)
   by_example = sharding.by_example(run.mesh)
 
   def abstract(a):

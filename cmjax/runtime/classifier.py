@@ -13,7 +13,7 @@ import optax
 
 from cmjax import checks
 from cmjax.core import Array, Params
-from cmjax.data.source import Source, batch_at, bounds
+from cmjax.data.source import Source, batch_at, bounds, contents
 from cmjax.metrics.feature_network import FeatureNetwork, quantised
 from cmjax.networks import classifier as network
 from cmjax.runtime import logs
@@ -131,7 +131,7 @@ def _identity(source: Source, settings: tuple) -> str:
   """A hash of all that the parameters depend on."""
   facts = (_VERSION, settings, *bounds(source), source.scale, source.flip)
   facts += (source.classes, source.shape)
-  return digest(repr(facts), source.examples, source.labels)
+  return digest(repr(facts), *contents(source))
 
 
 def _cached(path: Path, like: Params) -> Params | None:

@@ -20,6 +20,7 @@ from cmjax.runtime.records import (
   Count,
   Evaluation,
   Every,
+  Loader,
   MayChange,
   OneOf,
   OptionalPart,
@@ -53,7 +54,8 @@ class Config:
   sample_weights: Annotated[str, MAY_CHANGE]
   sample_relative_std: Annotated[float, Bounds(0.0, 0.288), MAY_CHANGE]
   mesh: Annotated[Part, MAY_CHANGE]
-  data: Annotated[Part, MayChange(('data_dir', 'path'))]
+  data: Annotated[Part, MayChange(('data_dir', 'path', 'memory_gib'))]
+  loader: Annotated[Loader, MAY_CHANGE]
   network: Part
   precond: Part
   objective: Part
@@ -85,7 +87,7 @@ class Config:
     for name, value in values.items():
       if isinstance(value, ConfigDict):
         values[name] = value.to_dict()
-      elif isinstance(value, Evaluation | Search | Every | Watchdog):
+      elif isinstance(value, Evaluation | Search | Every | Loader | Watchdog):
         values[name] = dataclasses.asdict(value)
     return values
 
@@ -158,7 +160,7 @@ def checked(
   return record
 
 
-Record = TypeVar('Record', Config, Evaluation, Search, Every, Watchdog)
+Record = TypeVar('Record', Config, Evaluation, Search, Every, Loader, Watchdog)
 
 
 def _record(

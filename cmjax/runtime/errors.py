@@ -13,7 +13,7 @@ from types import TracebackType
 _LIBRARIES = {
   *('cmjax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax', 'numpy', 'ml_collections'),
   *('tqdm', 'tensorboardX', 'tensorboard', 'clu', 'absl', 'safetensors', 'msgpack'),
-  *('tensorstore', 'array_record', 'google', 'xxhash'),
+  *('tensorstore', 'array_record', 'google', 'xxhash', 'grain', 'cloudpickle'),
   *('tensorflow_datasets', 'etils', 'sklearn', 'scipy', 'joblib', 'PIL', 'matplotlib'),
   *sys.stdlib_module_names,
 }

@@ -68,6 +68,15 @@ class Search:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Loader:
+  """How batches of data on disk are read ahead; without effect on the batches."""
+
+  workers: Annotated[int, Bounds(0, 1024)]
+  threads: Annotated[int, Bounds(1, 1024)]
+  ahead: Annotated[int, Bounds(1, 1024)]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Every:
   """Intervals, in steps, of what a run does besides training; 0: never."""
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cmjax.core import Model, Nets, Params, UserError
-from cmjax.data.source import Source, as_x0, batch_at, one_hot, placeholder
+from cmjax.data.source import Source, all_x0, batch_at, one_hot, placeholder
 from cmjax.guidance import GuidedParams, WithGuide
 from cmjax.runtime import checkpoint, logs, pretrained, sharding, storage
 from cmjax.runtime.build import build, build_each, build_model, check_part, is_part
@@ -205,7 +205,7 @@ def subject_of(opened: Opened) -> Subject:
   return Subject(
     f=opened.f,
     nets=Nets(opened.params, target, **frozen._asdict()),
-    x0=jnp.asarray(as_x0(source, source.examples)),
+    x0=jnp.asarray(all_x0(source, 'a study')),
     cond=None if source.labels is None else jnp.asarray(one_hot(source, everything)),
     batch=lambda step: batch_at(source, config.seed, step, config.batch_size),
     loss=loss,

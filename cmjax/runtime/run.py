@@ -23,7 +23,7 @@ from cmjax.core import (
   UserError,
   streams,
 )
-from cmjax.data.source import Source, batch_at, check_batch, metadata
+from cmjax.data.source import Source, check_batch, first_row, metadata
 from cmjax.fields import Reference
 from cmjax.runtime import checkpoint, logs, pretrained, sharding, snapshots, tracking
 from cmjax.runtime.build import build, build_each, build_model, is_part, path_of
@@ -65,6 +65,14 @@ class Run(NamedTuple):
       'shape': list(self.source.shape),
       'classes': self.source.classes,
       'data': metadata(self.source),
+    }
+
+  def facts(self) -> dict[str, Any]:
+    """The data and the sizes of the run, for people."""
+    return {
+      'data': self.source.name,
+      'examples': len(self.source.examples),
+      'parameters': sum(a.size for a in jax.tree.leaves(self.abstract_params())),
     }
 
   def abstract_params(self) -> Params:
@@ -234,8 +242,9 @@ def _try_abstractly(run: Run) -> None:
       raise UserError(f'must return the shape of x, {x.shape}; returned {got}')
   target = params if run.target_decay else None
   nets = Nets(params, target, **run.frozen._asdict())
-  batch = batch_at(run.source, 0, 0, run.config.batch_size)
-  size = (len(batch.x0),)
+  size = (run.config.batch_size,)
+  row = first_row(run.source, *size)
+  batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct(size + a.shape[1:], a.dtype), row)
   keys = jax.eval_shape(lambda: streams(jax.random.key(0), 0))
   with part_errors('config.objective'):
     trace = functools.partial(_loss_of, run.loss)
