@@ -73,10 +73,8 @@ def steps(
   current: TrainState = first_state(run) if state is None else state
   train_step, start = compiled_step(run), int(current.step)
   dispatched: collections.deque[dict[str, Array]] = collections.deque()
-  given = (
-    contextlib.nullcontext(data) if data else contextlib.closing(batches(run, start))
-  )
-  with given as each:
+  with contextlib.closing(batches(run, start)) as of_config:
+    each = of_config if data is None else data
     for step, batch in zip(range(start + 1, run.total_steps + 1), each, strict=False):
       current, metrics = train_step(current, run.frozen, batch)
       dispatched.append(metrics)
