@@ -9,15 +9,11 @@ from typing import Any, NamedTuple, cast
 
 import jax
 
-from cmjax.core import (
-  Array,
-  Batch,
-  Params,
-  TrainState,
-)
+from cmjax.core import Array, Batch, Params, TrainState
 from cmjax.runtime import (
   checkpoint,
   logs,
+  paths,
   preemption,
   profile,
   provenance,
@@ -108,7 +104,7 @@ def train(
     FloatingPointError after `config.max_skipped_steps` skipped steps, or at
     the end if all steps were skipped or the loss diverged.
   """
-  folder = Path(workdir)
+  folder = paths.path(workdir)
   sharding.check_same({'config': to_json(run.config)})
   check_claim(folder, run.config)
   profile.check(span, 0, run.total_steps)
@@ -140,7 +136,8 @@ def train(
       contextlib.closing(watchdog.Watchdog()) as watch,
       contextlib.closing(profile.Trace(folder, span)) as trace,
     ):
-      services = _Services(checkpoints, snapshots, log, progress, notice, watch, trace)
+      writers = _Writers(checkpoints, snapshots, log, trackers)
+      services = _Services(writers, progress, notice, watch, trace)
       state, finished = _loop(run, state, meta, hooks or {}, services)
     if finished and jax.process_index() == 0:
       provenance.mark_caught_up(folder, int(state.step))
@@ -162,7 +159,7 @@ def save(run: Run, state: TrainState, workdir: str | Path) -> None:
 
   Raises: UserError if the directory holds another run, is in use or cannot be written.
   """
-  folder = Path(workdir)
+  folder = paths.path(workdir)
   check_claim(folder, run.config)
   with sharding.on_process_0(lock(folder)):
     if jax.process_index() == 0:
@@ -172,12 +169,27 @@ def save(run: Run, state: TrainState, workdir: str | Path) -> None:
       checkpoints.save(state, run.meta())
 
 
-class _Services(NamedTuple):
-  """What the loop writes to, and what monitors it."""
+class _Writers(NamedTuple):
+  """What the loop writes to."""
 
   checkpoints: checkpoint.Checkpoints
   snapshots: Snapshots
   log: logs.RunLog
+  trackers: tracking.Trackers
+
+  def save(self, state: TrainState, meta: dict[str, Any]) -> None:
+    """Saves a checkpoint, after all that a run resumed from it does not repeat."""
+    self.snapshots.wait()
+    self.log.flush()
+    if jax.process_index() == 0:
+      self.trackers.copy()
+    self.checkpoints.save(state, meta)
+
+
+class _Services(NamedTuple):
+  """What the loop writes to, and what monitors it."""
+
+  writers: _Writers
   progress: logs.Progress
   notice: preemption.Notice
   watch: watchdog.Watchdog
@@ -192,7 +204,8 @@ def _loop(
   services: _Services,
 ) -> tuple[TrainState, bool]:
   """The last state and True; after a preemption notice, the saved state and False."""
-  checkpoints, snapshots, log, progress, notice, watch, trace = services
+  writers, progress, notice, watch, trace = services
+  log = writers.log
   every, start, total = run.config.every, int(first.step), run.total_steps
   state, window = first, Window(meta.get('window'))
   losses: list[float] = []  # one mean per window
@@ -200,8 +213,7 @@ def _loop(
 
   def save(due: list[str]) -> None:
     watch.pause()
-    snapshots.wait()  # a run that resumes here does not save them again
-    checkpoints.save(state, run.meta() | {'window': window.partial(), 'due': due})
+    writers.save(state, run.meta() | {'window': window.partial(), 'due': due})
 
   def save_and_stop(step: int, due: list[str]) -> tuple[TrainState, bool]:
     save(due)
@@ -253,7 +265,7 @@ def _loop(
       check_skipped(skipped, run.config.max_skipped_steps, run.config.seed)
     if every.snapshot_steps and (last or step % every.snapshot_steps == 0):
       watch.pause()
-      snapshots.save(step, state, run.meta())
+      writers.snapshots.save(step, state, run.meta())
     steps_between = {name: getattr(every, f'{name}_steps') for name in hooks}
     due = [name for name, n in steps_between.items() if n and (last or step % n == 0)]
     if not notice.given():
