@@ -80,6 +80,11 @@ def serve(port: int, log: str) -> None:
   class Handler(server.RequestHandler):
     protocol_version = 'HTTP/1.1'
 
+    def send_response(self, code, message=None):
+      super().send_response(code, message)
+      if code >= http.HTTPStatus.BAD_REQUEST:  # the body may not have been read
+        self.send_header('Connection', 'close')
+
     def log_message(self, format, *args):
       requests.write(f'{time.time():.3f} {self.command} {self.path}\n')
 

@@ -4,13 +4,13 @@ It is created, renewed, taken over and deleted under the condition that its gene
 is the one last seen, which the storage itself checks: of two processes one fails.
 """
 
-import _thread
 from collections.abc import Iterator
 import contextlib
 import json
 import os
 from pathlib import Path
 import secrets
+import signal
 import socket
 import threading
 import time
@@ -104,7 +104,8 @@ class _Held:
       except ValueError:  # the bucket does not answer; nobody else can write either
         continue
       if self.lost and not self._ended.is_set():
-        _thread.interrupt_main()
+        main = threading.main_thread().ident
+        signal.pthread_kill(main or 0, signal.SIGINT)  # also ends a wait
         return
 
   def _renewed(self) -> bool:

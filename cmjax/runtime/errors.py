@@ -85,11 +85,11 @@ def report(error: Exception) -> int:
     traceback.print_exception(error.with_traceback(trace))
     say('the error above was raised in code outside cmjax')
     return 1
+  if (why := paths.reason(error)) and type(error).__module__ != 'builtins':
+    say(f'object storage: {why}; the same command continues a run')
+    return 2
   if isinstance(error, OSError):
     say(f'{error.filename or "system"}: {error.strerror or first_line(error)}')
-    return 2
-  if why := paths.reason(error):
-    say(f'object storage: {why}; the same command continues a run')
     return 2
   if isinstance(error, MemoryError):
     say(

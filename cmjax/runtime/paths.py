@@ -162,7 +162,7 @@ def folders_in(folder: Path) -> list[str]:
 def write_bytes(path: Path, data: bytes) -> None:
   """Writes a file as a whole or not at all; a link is replaced, not followed."""
   if remote(path):
-    path.write_bytes(data)
+    _files().pipe_file(str(path), data)  # one request; epath's would be two
     return
   new = path.with_name(f'{path.name}.new')
   new.unlink(missing_ok=True)  # it may be a link
@@ -177,7 +177,14 @@ def write_text(path: Path, text: str) -> None:
 
 def rename(old: Path, new: Path) -> None:
   """Renames a folder. In a bucket it is copied, and a kill leaves parts of both."""
-  old.rename(new)
+  if not remote(old):
+    old.rename(new)
+    return
+  top = str(old).removeprefix('gs://')
+  names = _files().find(top)
+  targets = [str(new) + name.removeprefix(top) for name in names]
+  _files().copy(names, targets)
+  _files().rm(names)
 
 
 # Local copies ------------------------------------------------------------------------
@@ -202,7 +209,7 @@ def upload(source: Path, target: Path, done: dict[Path, tuple[int, int]]) -> Non
       stat, name = file.stat(), file.relative_to(source)
       state = stat.st_size, stat.st_mtime_ns
       if done.get(name) != state:
-        (target / name).write_bytes(file.read_bytes())
+        write_bytes(target / name, file.read_bytes())
         done[name] = state
 
 
@@ -253,4 +260,4 @@ def written_file(path: Path) -> Iterator[Path]:
     return
   with tempfile.TemporaryDirectory(prefix='cmjax_') as scratch:
     yield Path(scratch) / path.name
-    path.write_bytes((Path(scratch) / path.name).read_bytes())
+    write_bytes(path, (Path(scratch) / path.name).read_bytes())

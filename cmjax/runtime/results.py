@@ -66,7 +66,7 @@ def _store(path: Path, write: Callable[[IO[bytes]], object]) -> None:
   if paths.remote(path):
     content = io.BytesIO()
     write(content)
-    path.write_bytes(content.getvalue())
+    paths.write_bytes(path, content.getvalue())
     return
   path.parent.mkdir(parents=True, exist_ok=True)
   with path.open('wb') as file:
