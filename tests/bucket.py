@@ -2,7 +2,8 @@
 
 `gcp-storage-emulator` ignores `ifGenerationMatch`, on which the lock of a run depends.
 As a program, `python -m tests.bucket PORT LOG`, it serves one bucket, `bucket`, in
-memory, and appends one line per request to LOG.
+memory, and appends one line per request to LOG. In it, `secret/` may not be listed, and
+`fixed/` not be written.
 """
 
 from collections import Counter
@@ -41,6 +42,9 @@ def serve(port: int, log: str) -> None:
 
   def checked(change, name_of):
     def handle(request, response, storage, *args, **kwargs):
+      if name_of(request).startswith('fixed/'):
+        response.status = http.HTTPStatus.FORBIDDEN
+        return None
       with guard:
         if matches(request, storage, name_of(request)):
           return change(request, response, storage, *args, **kwargs)
@@ -65,9 +69,18 @@ def serve(port: int, log: str) -> None:
         found = storage.get_file_obj(params['bucket_name'], params['object_id'])
         response['x-goog-generation'] = found['generation']
 
+  listed = objects.ls
+
+  def ls(request, response, storage, *args, **kwargs):
+    if request.query.get('prefix', [''])[0].startswith('secret/'):
+      response.status = http.HTTPStatus.FORBIDDEN
+    else:
+      listed(request, response, storage, *args, **kwargs)
+
   objects.download = with_generation
   replaced = {
     download: with_generation,
+    listed: ls,
     insert: checked(insert, name_of_insert),
     delete: checked(delete, lambda request: request.params['object_id']),
   }

@@ -114,6 +114,7 @@ def answers(folder: Path) -> bool:
   if not remote(folder):
     return True
   server = os.environ.get('STORAGE_EMULATOR_HOST') or 'https://storage.googleapis.com'
+  server = server if '://' in server else f'http://{server}'
   try:
     with urllib.request.urlopen(server, timeout=PROBE_S):
       return True

@@ -69,4 +69,8 @@ class RowFile:
   def _finish(self) -> None:
     writing, self._writing = self._writing, None
     if writing is not None:
-      writing.result()
+      try:
+        writing.result()
+      except BaseException:
+        self._unwritten = False  # so that `close` does not try again
+        raise
