@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ import numpy as np
 from cmjax import editing, inversion
 from cmjax.core import Array, Key, Model, Params, UserError
 from cmjax.data.inputs import read_mask
-from cmjax.runtime import checkpoint, logs, pretrained
+from cmjax.runtime import logs, paths, pretrained
 from cmjax.runtime.errors import user_errors
 from cmjax.runtime.pretrained import SIGMA_RANGE
 from cmjax.runtime.reopen import Opened
@@ -207,7 +206,7 @@ def _denoiser(flags: argparse.Namespace, opened: Opened) -> tuple[Model, Params]
   """The diffusion model that inverts images, with its parameters."""
   config, given = opened.config, flags.denoiser
   itself = (
-    checkpoint.local(given) == Path(opened.path) if given else is_diffusion(config)
+    paths.path(given) == paths.path(opened.path) if given else is_diffusion(config)
   )
   if itself:
     return opened.f, opened.params

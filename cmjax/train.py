@@ -9,15 +9,11 @@ from typing import Any, NamedTuple, cast
 
 import jax
 
-from cmjax.core import (
-  Array,
-  Batch,
-  Params,
-  TrainState,
-)
+from cmjax.core import Array, Batch, Params, TrainState
 from cmjax.runtime import (
   checkpoint,
   logs,
+  paths,
   preemption,
   profile,
   provenance,
@@ -110,7 +106,7 @@ def train(
     FloatingPointError after `config.max_skipped_steps` skipped steps, or at
     the end if all steps were skipped or the loss diverged.
   """
-  folder = Path(workdir)
+  folder = paths.path(workdir)
   sharding.check_same({'config': to_json(run.config)})
   check_claim(folder, run.config)
   profile.check(span, 0, run.total_steps)
@@ -128,7 +124,7 @@ def train(
     profile.check(span, start, run.total_steps)
     if provenance.caught_up(folder) == start:  # hooks ran after the checkpoint
       meta = meta | {'due': []}
-    logs.say(_summary(run, start))
+    logs.say(run.summary(start))
     primary = jax.process_index() == 0
     trackers = tracking.Trackers(run.config, folder, start)
     with (
@@ -143,9 +139,8 @@ def train(
       contextlib.closing(profile.Trace(folder, span)) as trace,
       contextlib.closing(batches(run, start)) as data,
     ):
-      services = _Services(
-        data, checkpoints, snapshots, log, progress, notice, watch, trace
-      )
+      writers = _Writers(checkpoints, snapshots, log, trackers)
+      services = _Services(data, writers, progress, notice, watch, trace)
       state, finished = _loop(run, state, meta, hooks or {}, services)
     if finished and jax.process_index() == 0:
       provenance.mark_caught_up(folder, int(state.step))
@@ -167,7 +162,7 @@ def save(run: Run, state: TrainState, workdir: str | Path) -> None:
 
   Raises: UserError if the directory holds another run, is in use or cannot be written.
   """
-  folder = Path(workdir)
+  folder = paths.path(workdir)
   check_claim(folder, run.config)
   with sharding.on_process_0(lock(folder)):
     if jax.process_index() == 0:
@@ -177,13 +172,28 @@ def save(run: Run, state: TrainState, workdir: str | Path) -> None:
       checkpoints.save(state, run.meta())
 
 
+class _Writers(NamedTuple):
+  """What the loop writes to."""
+
+  checkpoints: checkpoint.Checkpoints
+  snapshots: Snapshots
+  log: logs.RunLog
+  trackers: tracking.Trackers
+
+  def save(self, state: TrainState, meta: dict[str, Any]) -> None:
+    """Saves a checkpoint, after all that a run resumed from it does not repeat."""
+    self.snapshots.wait()
+    self.log.flush()
+    if jax.process_index() == 0:
+      self.trackers.copy()
+    self.checkpoints.save(state, meta)
+
+
 class _Services(NamedTuple):
   """What the loop reads and writes, and what monitors it."""
 
   data: Iterator[Batch]
-  checkpoints: checkpoint.Checkpoints
-  snapshots: Snapshots
-  log: logs.RunLog
+  writers: _Writers
   progress: logs.Progress
   notice: preemption.Notice
   watch: watchdog.Watchdog
@@ -198,7 +208,8 @@ def _loop(
   services: _Services,
 ) -> tuple[TrainState, bool]:
   """The last state and True; after a preemption notice, the saved state and False."""
-  data, checkpoints, snapshots, log, progress, notice, watch, trace = services
+  data, writers, progress, notice, watch, trace = services
+  log = writers.log
   every, start, total = run.config.every, int(first.step), run.total_steps
   state, window = first, Window(meta.get('window'))
   losses: list[float] = []  # one mean per window
@@ -206,8 +217,7 @@ def _loop(
 
   def save(due: list[str]) -> None:
     watch.pause()
-    snapshots.wait()  # a run that resumes here does not save them again
-    checkpoints.save(state, run.meta() | {'window': window.partial(), 'due': due})
+    writers.save(state, run.meta() | {'window': window.partial(), 'due': due})
 
   def save_and_stop(step: int, due: list[str]) -> tuple[TrainState, bool]:
     save(due)
@@ -268,7 +278,7 @@ def _loop(
       check_skipped(skipped, run.config.max_skipped_steps, run.config.seed)
     if every.snapshot_steps and (last or step % every.snapshot_steps == 0):
       watch.pause()
-      snapshots.save(step, state, run.meta())
+      writers.snapshots.save(step, state, run.meta())
     steps_between = {name: getattr(every, f'{name}_steps') for name in hooks}
     due = [name for name, n in steps_between.items() if n and (last or step % n == 0)]
     if not notice.given():
@@ -282,14 +292,3 @@ def _loop(
       watch.step(step + 1)  # not before the first step, which is compiled
   check_learned(losses, [s for s in skipped if s > start], total - start)
   return state, True
-
-
-def _summary(run: Run, start: int) -> str:
-  facts = run.facts()
-  return (
-    f'{facts["data"]}: {facts["examples"]:,} examples; '
-    f'{facts["parameters"]:,} parameters; '
-    f'{run.total_steps:,} steps of {run.config.batch_size} on {run.mesh.size} '
-    f'{jax.devices()[0].platform} device(s); '
-    + (f'resumes from step {start:,}' if start else 'starts')
-  )

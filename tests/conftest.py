@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Left out by launch/test.sh --fast: whole processes, large networks, the TPU compiler.
 SLOW = (
+  'test_bucket.py',
   *('test_compile.py', 'test_bench_peers.py', 'test_checkpoint.py', 'test_colabs.py'),
   'test_configs.py',
   *('test_continuous.py', 'test_contracts.py', 'test_fuzz_configs.py'),

@@ -494,29 +494,6 @@ def test_a_run_has_an_optimiser_state_and_weights_alone_have_none(two_steps, tmp
     checkpoint.is_run(tmp_path / 'absent')
 
 
-@pytest.mark.parametrize('kind', [str, Path])
-@pytest.mark.parametrize('address', ['gs://bucket/run', 's3://bucket', 'file:///run'])
-def test_the_address_of_a_bucket_is_refused(kind, address):
-  place = kind(address)
-  for use in (
-    checkpoint.local,
-    checkpoint.any_in,
-    checkpoint.is_run,
-    checkpoint.read_meta,
-    lambda path: checkpoint.Checkpoints(path, 2),
-    lambda path: checkpoint.save_weights(path, 1, state(1).params, META),
-  ):
-    with pytest.raises(UserError, match='only local or mounted folders') as error:
-      use(place)
-    assert str(place) in str(error.value)
-    assert '\n' not in str(error.value)
-
-
-def test_a_path_with_colons_is_local(tmp_path):
-  for name in ('a:b', 'lr=1e-3:seed=0', '12:30'):
-    assert checkpoint.local(tmp_path / name) == tmp_path / name
-
-
 OTHER_NETWORKS = {
   'another shape': (
     lambda p: p | {'odd': p['layer']['kernel']},

@@ -148,7 +148,7 @@ MISTAKES = {
     [*SMALL, NEW, f'--config.network.width={10**100}'],
     r'config\.network\.width: must not exceed 2\*\*53',
   ),
-  'a bucket': ([*SMALL, '--workdir=gs://bucket/run'], r'gs://bucket/run'),
+  'a bucket': ([*SMALL, '--workdir=s3://bucket/run'], r's3://bucket/run'),
   'a network that is a string': (
     [*SMALL, NEW, '--config.network.fn=tests.test_main:text_network'],
     r'config\.network\.fn: .*text_network returned a value of type str',

@@ -129,7 +129,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
 def test_the_folder_of_a_command():
   assert folder('runs/x').name == 'x'
   assert refusal(folder, '').startswith('give --workdir=DIR')
-  for place in ('gs://bucket/run', 's3://bucket/run', 'file:///tmp/x'):
+  for place in ('s3://bucket/run', 'file:///tmp/x'):
     assert place in refusal(folder, place)
 
 

@@ -7,13 +7,14 @@ from pathlib import Path
 from cmjax import evaluation, pictures
 from cmjax.core import Params, unused
 from cmjax.metrics.metric import Metric
-from cmjax.runtime import logs, results
+from cmjax.runtime import logs, paths, results
 from cmjax.runtime.config_record import Config
 from cmjax.runtime.reopen import beside, facts, for_sampling, reopen_for
 from cmjax.runtime.run import Run
 from cmjax.sampling import Check, draw
 
-UNFINISHED = 'evaluation.unfinished'  # folder of the features of finished batches
+# Folder of the features of finished batches; a local one if the run is in a bucket.
+UNFINISHED = 'evaluation.unfinished'
 
 
 def log_pictures(
@@ -41,7 +42,7 @@ def table_logger(metrics: Mapping[str, Metric], folder: Path) -> Callable[..., N
   """A training hook that logs the metrics of every sampler, as SAMPLER/METRIC."""
 
   def log_table(run, params, step, log, check):
-    unfinished = folder / UNFINISHED
+    unfinished = paths.staging(folder) / UNFINISHED
     for row in evaluation.table(run, params, metrics, folder=unfinished, check=check):
       name = row.pop('sampler')
       log.scalars(step, {f'{name}/{key}': float(value) for key, value in row.items()})
@@ -62,7 +63,7 @@ def run(flags: argparse.Namespace) -> None:
     opened.params,
     metrics,
     num_seeds=settings.num_seeds,
-    folder=folder / UNFINISHED,
+    folder=paths.staging(folder) / UNFINISHED,
   )
   last = settings.seed + settings.num_seeds - 1
   seeds = f'seed {last}' if settings.num_seeds == 1 else f'seeds {settings.seed}-{last}'

@@ -3,7 +3,7 @@
 import argparse
 
 from cmjax.core import UserError
-from cmjax.runtime import checkpoint, logs, pretrained
+from cmjax.runtime import logs, pretrained
 
 
 def run(flags: argparse.Namespace) -> None:
@@ -15,7 +15,7 @@ def run(flags: argparse.Namespace) -> None:
     )
   model = pretrained.convert(
     source,
-    checkpoint.local(target),
+    target,
     form=flags.form,
     trust=flags.trust,
     say=logs.say,

@@ -6,6 +6,7 @@ from pathlib import Path
 from cmjax.core import UserError, unused
 from cmjax.report import one_run, several_runs
 from cmjax.report.contents import check_run
+from cmjax.runtime import paths
 
 
 def run(flags: argparse.Namespace) -> None:
@@ -13,15 +14,15 @@ def run(flags: argparse.Namespace) -> None:
   names = list(filter(None, [flags.workdir, *flags.runs]))
   if not names:
     raise UserError('--mode=report: give --workdir=RUN, or --mode=report RUN RUN ...')
-  folders = [Path(name) for name in names]
+  folders = list(map(paths.path, names))
   for folder in folders:
     check_run(folder)
   if flags.to and Path(flags.to).suffix != '.html':
     raise UserError(f'--to={flags.to}: the name of a report ends with .html')
   if len(folders) == 1:
-    path = Path(flags.to or folders[0] / one_run.NAME)
+    path = paths.path(flags.to or folders[0] / one_run.NAME)
   else:
-    path = Path(flags.to or unused(Path('report'), '.html'))
+    path = paths.path(flags.to or unused(Path('report'), '.html'))
   try:
     if len(folders) == 1:
       written = one_run.write(folders[0], path)
@@ -29,7 +30,7 @@ def run(flags: argparse.Namespace) -> None:
       written = several_runs.write(folders, path)
   except OSError as error:
     raise UserError(
-      f'{path}: cannot be written ({error.strerror}); give --to=FILE.html'
+      f'{path}: cannot be written ({error.strerror or error}); give --to=FILE.html'
     ) from error
   if written != path:
     print(f'{path} is not a report of cmjax, and was left as it is')

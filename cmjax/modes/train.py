@@ -10,7 +10,7 @@ from cmjax.core import UserError, first_line
 from cmjax.evaluation import build_metrics
 from cmjax.modes import evaluate
 from cmjax.report import one_run
-from cmjax.runtime import logs, provenance, workdir
+from cmjax.runtime import logs, paths, provenance, workdir
 from cmjax.runtime.config_record import require
 from cmjax.runtime.profile import Span
 from cmjax.runtime.run import prepare
@@ -38,9 +38,11 @@ def run(flags: argparse.Namespace) -> None:
 
 def write_report(folder: Path) -> None:
   """Writes the report of a run from the first process; a failure is only reported."""
-  if jax.process_index() != 0 or not (folder / provenance.NAME).exists():
-    return  # an error before the run began leaves no folder
+  if jax.process_index() != 0 or not paths.answers(folder):
+    return
   try:
+    if not (folder / provenance.NAME).exists():
+      return  # an error before the run began leaves no folder
     path = one_run.write(folder)
   except Exception as error:  # of any kind: the run itself is complete
     logs.say(f'no report: {first_line(error)} ({type(error).__name__})')

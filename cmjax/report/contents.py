@@ -1,6 +1,7 @@
 """What the work directory of a run holds: read as it is, damaged or not."""
 
 from collections.abc import Iterator
+import contextlib
 import json
 from pathlib import Path
 import re
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple
 
 from cmjax.core import UserError, first_line
 from cmjax.report.metric_rows import Metrics, read_metrics
-from cmjax.runtime import lock, provenance
+from cmjax.runtime import lock, paths, provenance, storage
 from cmjax.runtime.config_record import ConfigDict, completed
 from cmjax.runtime.renamed import renamed
 
@@ -67,20 +68,39 @@ class Contents(NamedTuple):
 
 def check_run(folder: Path) -> None:
   """Raises UserError if a path is no folder of a run, or the run has not logged yet."""
-  if not folder.is_dir():
+  if not paths.is_dir(folder):
     what = 'is a file, not the folder of a run' if folder.exists() else 'does not exist'
     raise UserError(f'{folder}: {what}')
-  if not any((folder / name).is_file() for name in ('config.json', 'metrics.jsonl')):
+  if not any(map(paths.is_file, (folder / 'config.json', folder / 'metrics.jsonl'))):
     raise UserError(
       f'{folder}: holds no run, neither config.json nor metrics.jsonl; give the '
       '--workdir of a training command'
     )
   path = folder / 'metrics.jsonl'
-  if not path.is_file() or not path.stat().st_size:
+  if not paths.is_file(path) or not paths.size(path):
     raise UserError(
       f'{folder}: the run has not logged yet; repeat this after its first '
       'config.every.log_steps steps'
     )
+
+
+FILES = (  # of a work directory, that a report shows
+  *('config.json', 'starts.jsonl', 'metrics.jsonl', '.ended', 'pictures/*.png'),
+  *('samples/step_*/all*.png', 'edits/*_step_*/all.png', 'studies/step_*/*'),
+  *('evaluation_*.json', 'searched/*.json', 'bench*.json'),
+)
+
+
+@contextlib.contextmanager
+def opened(folder: Path) -> Iterator[Contents]:
+  """`read_contents`, of a bucket from a copy that lasts as long as the context."""
+  with paths.fetched(folder, FILES) as local:
+    contents = read_contents(local)
+    if paths.remote(folder):
+      steps = storage.steps_in(folder / storage.CHECKPOINTS)
+      by = lock.trained_by(folder)
+      contents = contents._replace(saved=max(steps, default=None), trained_by=by)
+    yield contents
 
 
 def read_contents(folder: Path) -> Contents:

@@ -12,6 +12,7 @@ import re
 from typing import Any
 
 import cmjax
+from cmjax.runtime import paths
 
 GENERATOR = '<meta name="generator" content="cmjax '  # then the version
 MAX_TEXT = 2_000  # characters of a text that is not markup
@@ -145,6 +146,9 @@ def write(path: Path, content: str) -> Path:
   while path.exists() and not is_ours(path):
     path = name.with_stem(f'{name.stem}_{number}')
     number += 1
+  if paths.remote(path):
+    paths.write_text(path, content)
+    return path
   path.parent.mkdir(parents=True, exist_ok=True)
   new = path.with_name(f'.{path.name}.{os.getpid()}.new')
   new.unlink(missing_ok=True)  # it may be a link

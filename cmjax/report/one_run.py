@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from cmjax.report import html, measured, sections
-from cmjax.report.contents import Contents, read_contents
+from cmjax.report.contents import Contents, opened
 from cmjax.report.figures import Album, has_values, last_value
 from cmjax.report.html import Markup, element, together
 from cmjax.report.measured import newest_rows
@@ -21,7 +21,8 @@ def write(folder: Path, path: Path | None = None) -> Path:
 
   Raises: OSError if it cannot be written.
   """
-  return html.write(path or folder / NAME, page(read_contents(folder)))
+  with opened(folder) as contents:
+    return html.write(path or folder / NAME, page(contents))
 
 
 def page(run: Contents) -> str:

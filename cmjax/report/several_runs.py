@@ -1,6 +1,7 @@
 """Several runs side by side: one page of tables, curves and pictures."""
 
 from collections.abc import Sequence
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,14 @@ import urllib.parse
 import numpy as np
 
 from cmjax.report import html
-from cmjax.report.contents import Contents, read_contents
+from cmjax.report.contents import Contents, opened
 from cmjax.report.figures import Album, Curve, figure, has_values, last_value
 from cmjax.report.html import Markup, element, together
 from cmjax.report.measured import newest_rows
 from cmjax.report.metric_rows import Series, smoothed
 from cmjax.report.one_run import NAME, footer, state_of
 from cmjax.report.sections import date, last_start, safely, whole_number
-from cmjax.runtime import config
+from cmjax.runtime import config, paths
 from cmjax.runtime.config_record import flat
 
 MAX_FIGURES = 24
@@ -28,7 +29,9 @@ def write(folders: Sequence[Path], path: Path) -> Path:
 
   Raises: OSError if it cannot be written.
   """
-  return html.write(path, page(list(map(read_contents, folders)), path.parent))
+  with contextlib.ExitStack() as stack:
+    contents = [stack.enter_context(opened(folder)) for folder in folders]
+    return html.write(path, page(contents, path.parent))
 
 
 def page(contents: Sequence[Contents], folder: Path) -> str:
@@ -74,7 +77,7 @@ def _facts(runs: Runs, folder: Path) -> Markup:
   for name, run in runs.items():
     own = run.folder / NAME
     title: Any = name
-    if own.is_file():
+    if own.is_file() and not paths.remote(folder):
       link = os.path.relpath(own.resolve(), folder.resolve())
       title = element('a', name, href='./' + urllib.parse.quote(link))
     start, (word, kind, _) = last_start(run), state_of(run)

@@ -10,7 +10,6 @@ with their hashes.
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
 from pathlib import Path
-import re
 from typing import Any, TypeVar
 
 import jax
@@ -18,7 +17,7 @@ from jax.experimental import multihost_utils
 import orbax.checkpoint as ocp
 
 from cmjax.core import Params, TrainState, UserError, first_line, unused
-from cmjax.runtime import checksums, storage
+from cmjax.runtime import checksums, paths, storage
 
 T = TypeVar('T')
 
@@ -38,7 +37,8 @@ class Checkpoints:
     self._silence = contextlib.ExitStack()
     # Failures of background writes are reported by `_reporting_failures`.
     self._silence.enter_context(storage.quiet())
-    self._folder = local(workdir).resolve() / folder
+    self._folder = paths.absolute(paths.path(workdir)) / folder
+    self._failed = False
     self._manager = ocp.CheckpointManager(
       self._folder,
       options=ocp.CheckpointManagerOptions(
@@ -59,7 +59,9 @@ class Checkpoints:
     args = storage.save_args(items, meta | {'step': step})
     with self._reporting_failures():
       # Without `force` it ignores steps before the newest one that is stored.
-      self._manager.save(step, args=args, force=True)
+      storage.answering(
+        self._folder, lambda: self._manager.save(step, args=args, force=True)
+      )
 
   @contextlib.contextmanager
   def _reporting_failures(self) -> Iterator[None]:
@@ -70,10 +72,13 @@ class Checkpoints:
     try:
       yield
     except Exception as error:
+      self._failed = True
       full = any(sign in str(error) for sign in ('RESOURCE_EXHAUSTED', 'No space left'))
       reason = 'no space left' if full else first_line(error)
-      _, steps = _find(self._folder.parent)
-      then = f'resumes from step {steps[0]}' if steps else 'starts from step 0'
+      then = 'resumes from the newest one'
+      if not paths.remote(self._folder):
+        _, steps = _find(self._folder.parent)
+        then = f'resumes from step {steps[0]}' if steps else 'starts from step 0'
       raise UserError(
         f'{self._folder}: saving a checkpoint failed ({reason}); fix the cause and '
         f'repeat the command, which then {then}'
@@ -93,8 +98,9 @@ class Checkpoints:
     damaged: dict[int, str] = {}
     for step in sorted(self._manager.all_steps(), reverse=True):
       try:
-        restored = storage.restore(self._manager, step, _items(like))
+        restored = self._read(step, _items(like))
       except Exception as error:  # damaged files raise errors of many types
+        storage.check_answers(self._folder)
         damaged[step] = first_line(error)
       else:
         for newer, reason in damaged.items():
@@ -120,31 +126,39 @@ class Checkpoints:
     if step not in self._manager.all_steps():
       return False
     try:
-      storage.restore(self._manager, step, items)
+      self._read(step, items)
     except Exception as error:  # damaged files raise errors of many types
+      storage.check_answers(self._folder)
       reason = first_line(error)
       say(f'{self._folder / str(step)} is damaged ({reason}) and is saved again')
       self._rename_damaged(step)
       return False
     return True
 
+  def _read(self, step: int, items: Mapping[str, Any]) -> storage.Restored:
+    folder, manager = self._folder, self._manager
+    return storage.answering(folder, lambda: storage.restore(manager, step, items))
+
   def wait(self) -> None:
     """Waits for pending saves."""
     with self._reporting_failures():
-      self._manager.wait_until_finished()
+      storage.answering(self._folder, self._manager.wait_until_finished)
 
   def _rename_damaged(self, step: int) -> Path:
     path = unused(self._folder / f'{step}.damaged')
     if jax.process_index() == 0:
-      (self._folder / str(step)).rename(path)
+      paths.rename(self._folder / str(step), path)
     multihost_utils.sync_global_devices(f'checkpoint {step} is renamed')
     self._manager.reload()  # it caches the list of steps
     return path
 
   def close(self) -> None:
     """Waits for pending saves, and closes the manager."""
-    with self._silence, self._reporting_failures():
-      self._manager.close()
+    with self._silence:
+      if self._failed and paths.remote(self._folder):
+        return  # it would wait for the same bucket again
+      with self._reporting_failures():
+        storage.answering(self._folder, self._manager.close)
 
 
 def save_weights(
@@ -152,14 +166,14 @@ def save_weights(
 ) -> None:
   """Saves a checkpoint of weights alone, from which no run can resume."""
   args = storage.save_args({ONLINE: params}, meta | {'step': step})
-  folder = local(workdir).resolve() / storage.CHECKPOINTS
+  folder = paths.absolute(paths.path(workdir)) / storage.CHECKPOINTS
   with ocp.CheckpointManager(folder) as manager:
     manager.save(step, args=args)
 
 
 def any_in(workdir: str | Path) -> bool:
   """Whether a work directory holds a checkpoint, intact or damaged."""
-  return bool(storage.steps_in(local(workdir) / storage.CHECKPOINTS))
+  return bool(storage.steps_in(paths.path(workdir) / storage.CHECKPOINTS))
 
 
 def is_run(path: str | Path) -> bool:
@@ -168,7 +182,7 @@ def is_run(path: str | Path) -> bool:
   Raises: UserError if there is no folder of checkpoints.
   """
   folder, steps = _find(path)
-  return any((folder / str(step) / 'opt_state').is_dir() for step in steps)
+  return any(paths.is_dir(folder / str(step) / 'opt_state') for step in steps)
 
 
 def newest(
@@ -192,6 +206,7 @@ def newest(
       except UserError:
         raise
       except Exception as error:  # damaged files raise errors of many types
+        storage.check_answers(folder)
         reason = first_line(error)
       storage.collect()
     say(f'checkpoint {folder / str(step)} is damaged ({reason}); trying an older one')
@@ -238,20 +253,6 @@ def read_weights(
   return storage.read(folder, step, {item: like}).items[item]
 
 
-def local(path: str | Path) -> Path:
-  """A path in a local or mounted file system.
-
-  Raises: UserError for the address of a bucket, such as `gs://bucket/run`.
-  """
-  # A Path collapses two slashes into one.
-  if re.match(r'[A-Za-z][A-Za-z0-9+.-]+:/', str(path)):
-    raise UserError(
-      f'{path}: only local or mounted folders can be opened; copy it to one, or mount '
-      'the bucket'
-    )
-  return Path(path)
-
-
 def _check_network(
   path: str | Path, saved: Mapping[str, checksums.Record], like: Params
 ) -> None:
@@ -273,11 +274,11 @@ def _check_network(
 
 def _find(path: str | Path) -> tuple[Path, list[int]]:
   """The folder of checkpoints of a path, and its steps, newest first."""
-  path = local(path).resolve()
+  path = paths.absolute(paths.path(path))
   if storage.is_step(path):
     return path.parent, [int(path.name)]
   folder = path / storage.CHECKPOINTS
-  if not folder.is_dir():
+  if not paths.is_dir(folder):
     raise UserError(f'{path}: no checkpoints; is it the --workdir of a run?')
   return folder, storage.steps_in(folder)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cmjax.core import UserError, first_line
-from cmjax.runtime import logs
+from cmjax.runtime import logs, paths
 from cmjax.runtime.config_record import Config, ConfigDict, check_name
 from cmjax.runtime.functions import Foreign
 from cmjax.runtime.renamed import renamed
@@ -44,7 +44,7 @@ def from_json(
 def read_json(path: str | Path, trust: Iterable[str] = ()) -> ConfigDict:
   """`from_json` of a file. Raises: UserError if it cannot be read, or holds none."""
   try:
-    text = Path(path).read_text(encoding='utf-8')
+    text = paths.path(path).read_bytes().decode()
   except (OSError, UnicodeError) as error:
     raise UserError(f'{path}: cannot be read ({first_line(error)})') from error
   return from_json(text, str(path), trust)

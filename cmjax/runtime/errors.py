@@ -14,6 +14,7 @@ _LIBRARIES = {
   *('cmjax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax', 'numpy', 'ml_collections'),
   *('tqdm', 'tensorboardX', 'tensorboard', 'clu', 'absl', 'safetensors', 'msgpack'),
   *('tensorstore', 'array_record', 'google', 'xxhash', 'grain', 'cloudpickle'),
+  *('gcsfs', 'fsspec', 'aiohttp', 'aiohappyeyeballs', 'requests', 'decorator'),
   *('tensorflow_datasets', 'etils', 'sklearn', 'scipy', 'joblib', 'PIL', 'matplotlib'),
   *sys.stdlib_module_names,
 }
@@ -73,6 +74,7 @@ def report(error: Exception) -> int:
   import jax
 
   from cmjax.core import UserError, first_line
+  from cmjax.runtime import paths
 
   trace = frame_of_user(error)
   diverged = isinstance(error, FloatingPointError) and trace is None
@@ -83,6 +85,9 @@ def report(error: Exception) -> int:
     traceback.print_exception(error.with_traceback(trace))
     say('the error above was raised in code outside cmjax')
     return 1
+  if (why := paths.reason(error)) and type(error).__module__ != 'builtins':
+    say(f'object storage: {why}; the same command continues a run')
+    return 2
   if isinstance(error, OSError):
     say(f'{error.filename or "system"}: {error.strerror or first_line(error)}')
     return 2

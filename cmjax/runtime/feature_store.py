@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from cmjax.core import Params
+from cmjax.runtime import paths
 
 
 class FeatureStore:
@@ -68,8 +69,7 @@ class FeatureStore:
 
 def cache_folder() -> Path:
   """Where features of data are kept between runs: CMJAX_CACHE_DIR or ~/.cache/cmjax."""
-  root = os.environ.get('CMJAX_CACHE_DIR') or Path.home() / '.cache' / 'cmjax'
-  return Path(root) / 'features'
+  return paths.cache_root() / 'features'
 
 
 def digest(*parts: str | np.ndarray | Params) -> str:

@@ -12,6 +12,8 @@ import time
 from typing import IO
 
 from cmjax.core import UserError
+from cmjax.runtime import bucket_lock, paths
+from cmjax.runtime.bucket_lock import Owner, owner_in, refuse
 
 BEAT_S = 5.0  # how often the owner of a lock touches its file
 PATIENCE_S = 3 * BEAT_S  # without a touch, an owner on another host is presumed dead
@@ -23,10 +25,14 @@ def lock(workdir: Path) -> Iterator[None]:
 
   The operating system holds the lock, on the file `.lock`, until the process ends. On a
   file system whose locks are local to a host, an owner on another host is presumed
-  alive as long as it touches the file.
+  alive as long as it touches the file. In a bucket, see `bucket_lock`.
 
   Raises: UserError naming the host and the process of another owner.
   """
+  if paths.remote(workdir):
+    with bucket_lock.lock(workdir):
+      yield
+    return
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     # A link may point to a file of the user's, which must not be overwritten.
@@ -37,13 +43,13 @@ def lock(workdir: Path) -> Iterator[None]:
   with file:
     locked = _locked(file)
     if locked is False:
-      _refuse(workdir, _owner(file, wait=True))
+      refuse(workdir, _owner(file, wait=True))
     owner = _owner(file)
     # An owner whose lock is not visible may be alive; if so, it touches the file.
-    unseen = locked is None or (owner and owner['host'] != socket.gethostname())
+    unseen = locked is None or (owner and owner.host != socket.gethostname())
     if owner and unseen and _beats(file):
-      _refuse(workdir, owner)
-    _write_owner(file, {'host': socket.gethostname(), 'process': os.getpid()})
+      refuse(workdir, owner)
+    _write_owner(file, Owner(socket.gethostname(), os.getpid()))
     ended = threading.Event()
     heartbeat = threading.Thread(target=_beat, args=(file.fileno(), ended), daemon=True)
     heartbeat.start()
@@ -57,6 +63,8 @@ def lock(workdir: Path) -> Iterator[None]:
 
 def trained_by(workdir: Path) -> str | None:
   """The process that trains in a work directory, as far as can be seen, or None."""
+  if paths.remote(workdir):
+    return bucket_lock.trained_by(workdir)
   try:
     with (workdir / '.lock').open('rb') as file:
       owner = _owner(file)
@@ -65,12 +73,12 @@ def trained_by(workdir: Path) -> str | None:
     return None
   if owner is None:
     return None
-  if owner['host'] == socket.gethostname():
-    if not Path('/proc', str(owner['process'])).exists() and Path('/proc/1').exists():
+  if owner.host == socket.gethostname():
+    if not Path('/proc', str(owner.process)).exists() and Path('/proc/1').exists():
       return None
   elif age_s > PATIENCE_S:
     return None
-  return f'process {owner["process"]} on host {owner["host"]}'
+  return str(owner)
 
 
 def _locked(file: IO[bytes]) -> bool | None:
@@ -84,31 +92,20 @@ def _locked(file: IO[bytes]) -> bool | None:
   return True
 
 
-def _owner(file: IO[bytes], wait: bool = False) -> dict[str, object] | None:
+def _owner(file: IO[bytes], wait: bool = False) -> Owner | None:
   """The owner named in a lock file, if any; with `wait`, it may be about to write."""
   for _ in range(20 if wait else 1):
     file.seek(0)
-    try:
-      owner = json.loads(file.read(4096))
-      return {'host': str(owner['host'])[:80], 'process': int(owner['process'])}
-    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
-      time.sleep(0.05 if wait else 0)
+    if owner := owner_in(file.read(4096)):
+      return owner
+    time.sleep(0.05 if wait else 0)
   return None
 
 
-def _write_owner(file: IO[bytes], owner: dict[str, object] | None) -> None:
+def _write_owner(file: IO[bytes], owner: Owner | None) -> None:
   file.truncate(0)  # opened for appending, so what follows is the whole file
-  file.write(json.dumps(owner).encode() if owner else b'')
+  file.write(json.dumps(owner._asdict()).encode() if owner else b'')
   file.flush()
-
-
-def _refuse(workdir: Path, owner: dict[str, object] | None) -> None:
-  who = 'another process'
-  if owner:
-    who = f'process {owner["process"]} on host {owner["host"]}'
-  raise UserError(
-    f'{workdir}: {who} is training in it; wait until it ends, or give another --workdir'
-  )
 
 
 def _beats(file: IO[bytes]) -> bool:

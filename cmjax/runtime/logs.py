@@ -15,7 +15,8 @@ import jax
 import numpy as np
 import tqdm
 
-from cmjax.runtime import results
+from cmjax.runtime import paths, results
+from cmjax.runtime.row_file import RowFile
 
 
 def say(text: str) -> None:
@@ -41,20 +42,20 @@ class RunLog:
   def __init__(
     self, workdir: str | Path, primary: bool, start: int, send: Send | None = None
   ):
-    self._workdir = Path(workdir)
+    self._workdir = paths.path(workdir)
     self._primary = primary
     self._send = send or (lambda step, values: None)
     if primary:
       path = self._workdir / 'metrics.jsonl'
       _drop_rows_after(path, start)
-      self._rows = path.open('a', encoding='utf-8')
+      self._rows = RowFile(path)
 
   def scalars(self, step: int, values: Mapping[str, float]) -> None:
     """Adds a row; in JSON, values that are not finite are null."""
     if not self._primary:
       return
     row = {k: v if math.isfinite(v) else None for k, v in values.items()}
-    print(json.dumps({'step': step} | row), file=self._rows, flush=True)
+    self._rows.add(json.dumps({'step': step} | row))
     self._send(step, values)
 
   def picture(self, step: int, name: str, image: np.ndarray) -> None:
@@ -70,8 +71,13 @@ class RunLog:
     if self._primary and not path.exists():
       results.write_png(path, image())
 
+  def flush(self) -> None:
+    """Stores all rows, also in a bucket, where they are stored every few seconds."""
+    if self._primary:
+      self._rows.flush()
+
   def close(self) -> None:
-    """Closes the file."""
+    """Stores all rows, and closes the file."""
     if self._primary:
       self._rows.close()
 
@@ -84,9 +90,7 @@ def _drop_rows_after(path: Path, step: int) -> None:
   damaged = sum(at == math.inf and bool(line.strip()) for line, at in rows[:-1])
   if damaged:
     say(f'{path}: dropped {damaged} row(s) that cannot be read')
-  new = path.with_suffix('.new')
-  new.write_bytes(b''.join(line + b'\n' for line, at in rows if at <= step))
-  new.replace(path)
+  paths.write_bytes(path, b''.join(line + b'\n' for line, at in rows if at <= step))
 
 
 def _step_of(line: bytes) -> float:

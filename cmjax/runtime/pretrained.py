@@ -13,7 +13,7 @@ import numpy as np
 
 from cmjax.core import LOG_WEIGHT, Model, Network, Params, UserError
 from cmjax.port import names, read, released, write
-from cmjax.runtime import build, checkpoint, sharding, snapshots, storage
+from cmjax.runtime import build, checkpoint, paths, sharding, snapshots, storage
 from cmjax.runtime.config_json import from_json, to_json
 from cmjax.runtime.config_record import ConfigDict, completed
 from cmjax.runtime.overrides import override
@@ -121,7 +121,7 @@ def load(
   Raises: UserError if there is no checkpoint, or it has no such weights or those of
     another network; also if a file is damaged, of an unknown format, or contains code.
   """
-  path, mesh = checkpoint.local(path), mesh or sharding.data_mesh()
+  path, mesh = paths.path(path), mesh or sharding.data_mesh()
 
   def model(stored):
     merged = completed(_with_model(config, stored), with_parts=False)
@@ -129,7 +129,7 @@ def load(
       override(merged, key, text)
     return merged, *build.build_model(merged)
 
-  if path.is_file():
+  if paths.is_file(path):
     file = _open_file(path, form, trust)
     plan, (merged, network, f) = file.plan, model(file.config)
     like = abstract_params(network, plan.shape, plan.classes, mesh)
@@ -195,7 +195,8 @@ class _File(NamedTuple):
 
 
 def _open_file(path: str | Path, form: str, trust: Iterable[str]) -> _File:
-  file = read.read(path)
+  with paths.fetched_file(paths.path(path)) as local:
+    file = read.read(local)
   if write.MARK in file.metadata:
     meta = write.read_meta(file.metadata, path)
     config: Any = from_json(meta['config'], str(path), trust)
@@ -221,8 +222,8 @@ def _placed(
 
 def check_there(path: str | Path, where: str) -> None:
   """Raises UserError, naming the key `where`, if `load` could not find weights."""
-  path = checkpoint.local(path)
-  if not (path.is_file() or storage.is_step(path) or checkpoint.any_in(path)):
+  path = paths.path(path)
+  if not (paths.is_file(path) or storage.is_step(path) or checkpoint.any_in(path)):
     raise UserError(f'{where}: {path}: no checkpoints; is it the --workdir of a run?')
 
 
@@ -236,7 +237,7 @@ def load_weights(
 
   Raises: UserError if there is no checkpoint, or it is of another network.
   """
-  if Path(path).is_file():
+  if paths.is_file(paths.path(path)):
     file = _open_file(path, '', ())
     stored = dict(like)
     if LOG_WEIGHT in like and not _has_log_weight(file.plan):
@@ -284,14 +285,15 @@ def convert(
 
   Raises: UserError if the source cannot be read, or the target exists.
   """
-  target = Path(target)
+  target = paths.path(target)
   if target.exists():
     raise UserError(f'{target}: exists; give another path')
   model = load(source, form=form, trust=trust, say=say)
   model.config.sample_weights = checkpoint.ONLINE  # the only weights that are written
   meta = model.meta() | {'step': model.step}
   if target.suffix == '.safetensors':
-    write.safetensors(target, jax.tree.map(np.asarray, model.params), meta)
+    with paths.written_file(target) as local:
+      write.safetensors(local, jax.tree.map(np.asarray, model.params), meta)
   else:
     checkpoint.save_weights(target, model.step, model.params, meta)
   return model

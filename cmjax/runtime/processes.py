@@ -1,6 +1,6 @@
 """What each process of a run is doing, in files of its folder that all of them read."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 import contextlib
 import json
 import os
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import jax
 
-from cmjax.runtime import sharding
+from cmjax.runtime import paths, sharding
 
 FOLDER = '.processes'
 NUM_READS = 3  # two periods: a process that writes once per period has done so
@@ -77,14 +77,14 @@ class Processes:
 
   def _run(self) -> None:
     old, count = None, 0
-    with contextlib.suppress(OSError):
+    with _ignoring_storage():
       self._folder.mkdir(parents=True, exist_ok=True)
     if self._index == 0:
       self._remove_earlier_starts()
     while True:
       count += 1
       new = self._folder / f'{self._start}-{self._index}-{count}'
-      with contextlib.suppress(OSError):
+      with _ignoring_storage():
         row = self.mine._replace(count=count)._asdict()
         new.write_text(json.dumps(row), encoding='utf-8')
         if old:
@@ -94,12 +94,12 @@ class Processes:
       self._readings = [*kept, self._read()] if self._reading else []
       if self._closed.wait(self._period_s):
         break
-    with contextlib.suppress(OSError):
+    with _ignoring_storage():
       if old:
         old.unlink()
 
   def _remove_earlier_starts(self) -> None:
-    with contextlib.suppress(OSError):
+    with _ignoring_storage():
       for path in list(self._folder.iterdir()):
         if not path.name.startswith(self._start):
           path.unlink()
@@ -107,11 +107,11 @@ class Processes:
   def _read(self) -> Reading:
     found: dict[int, Status | None] = dict.fromkeys(self._others)
     for _ in range(3):  # the newest file may be half written, or just be replaced
-      with contextlib.suppress(OSError):
+      with _ignoring_storage():
         newest = self._newest()
         for i in [i for i, status in found.items() if status is None and i in newest]:
           path = self._folder / f'{self._start}-{i}-{newest[i]}'
-          with contextlib.suppress(OSError, ValueError, TypeError):
+          with contextlib.suppress(ValueError, TypeError), _ignoring_storage():
             found[i] = Status(**json.loads(path.read_text(encoding='utf-8')))
       if None not in found.values():
         break
@@ -127,6 +127,16 @@ class Processes:
         index, count = map(int, rest.split('-'))
         newest[index] = max(count, newest.get(index, 0))
     return newest
+
+
+@contextlib.contextmanager
+def _ignoring_storage() -> Iterator[None]:
+  """Ignores errors of storage, which may not answer for a time."""
+  try:
+    yield
+  except Exception as error:
+    if not paths.reason(error):
+      raise
 
 
 def paused(readings: list[Reading]) -> bool:

@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeVar
 import jax
 
 from cmjax.core import UserError, first_line
-from cmjax.runtime import errors, logs
+from cmjax.runtime import errors, logs, paths
 
 Step = TypeVar('Step', bound=tuple)  # (step, state, metrics)
 
@@ -33,12 +33,14 @@ class Trace:
 
   The files are in `tensorboard/plugins/profile` of the work directory; with several
   processes, in `tensorboard/process_I/plugins/profile`, as their names may be equal.
+  Those of a run in a bucket are written into a local folder, and copied.
   """
 
   def __init__(self, workdir: Path, span: Span | None):
-    self._folder = workdir / 'tensorboard'
+    name = 'tensorboard'
     if jax.process_count() > 1:
-      self._folder /= f'process_{jax.process_index()}'
+      name += f'/process_{jax.process_index()}'
+    self._target, self._folder = workdir / name, paths.staging(workdir) / name
     self._span = span
     self._active = False
 
@@ -94,7 +96,10 @@ class Trace:
     self._active = False
     try:
       jax.profiler.stop_trace()
+      if self._target != self._folder:
+        name = 'plugins'  # not the events of trackers
+        paths.upload(self._folder / name, self._target / name, {})
     except Exception as error:  # training is worth more than its trace
       errors.say(f'--profile: the trace is not written ({first_line(error)})')
     else:
-      logs.say(f'trace: {self._folder}/plugins/profile')
+      logs.say(f'trace: {self._target}/plugins/profile')

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 
 import cmjax
+from cmjax.runtime import paths
 
 NAME = 'starts.jsonl'
 LIBRARIES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
@@ -39,8 +40,12 @@ def recorded(
     error = f'{type(raised).__name__}: {" ".join(str(raised).split())[:1_000]}'
     raise
   finally:
-    with contextlib.suppress(OSError):  # an error of the run itself is more important
-      _append(path, {'ended': _now(), 'error': error})
+    try:
+      if paths.answers(path):
+        _append(path, {'ended': _now(), 'error': error})
+    except Exception as failed:  # an error of the run itself is more important
+      if not paths.reason(failed):
+        raise
 
 
 def start(first_step: int) -> dict[str, Any]:
@@ -115,20 +120,14 @@ def caught_up(workdir: Path) -> int | None:
 
 def mark_caught_up(workdir: Path, step: int) -> None:
   """Writes what `caught_up` reads; a saved checkpoint cannot be changed to hold it."""
-  new = workdir / '.ended.new'
-  new.unlink(missing_ok=True)
-  new.write_text(str(step), encoding='ascii')
-  new.replace(workdir / '.ended')
+  paths.write_text(workdir / '.ended', str(step))
 
 
 def _append(path: Path, row: Mapping[str, Any]) -> None:
   """Adds a row; a last row that a kill cut short is dropped."""
   old = path.read_bytes() if path.exists() else b''
   whole = old[: old.rfind(b'\n') + 1]
-  new = path.with_suffix('.new')
-  new.unlink(missing_ok=True)  # it may be a link
-  new.write_bytes(whole + json.dumps(row).encode() + b'\n')
-  new.replace(path)
+  paths.write_bytes(path, whole + json.dumps(row).encode() + b'\n')
 
 
 def _versions() -> dict[str, str]:

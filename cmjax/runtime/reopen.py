@@ -12,7 +12,7 @@ import numpy as np
 from cmjax.core import Model, Nets, Params, UserError
 from cmjax.data.source import Source, all_x0, batch_at, one_hot, placeholder
 from cmjax.guidance import GuidedParams, WithGuide
-from cmjax.runtime import checkpoint, logs, pretrained, sharding, storage
+from cmjax.runtime import checkpoint, logs, paths, pretrained, sharding, storage
 from cmjax.runtime.build import build, build_each, build_model, check_part, is_part
 from cmjax.runtime.config import read
 from cmjax.runtime.config_json import read_json
@@ -73,7 +73,7 @@ def reopen(
     )
   whole = checked(completed(model.config), weights_alone=not has_data)
   source = None
-  if needs_data or (has_data and Path(path).is_dir()):
+  if needs_data or (has_data and paths.is_dir(paths.path(path))):
     try:
       source = build(whole.data, 'config.data', Source)
     except UserError as error:
@@ -100,8 +100,7 @@ def reopen_for(
   if not path:
     raise UserError('give --workdir=DIR, the folder of the run')
   config = read(name, trust) if name else None
-  local = checkpoint.local(path)
-  return reopen(local, config, overrides, trust, needs_data=needs_data)
+  return reopen(path, config, overrides, trust, needs_data=needs_data)
 
 
 SEARCHED = 'searched'  # folder beside the weights, of the samplers that were searched
@@ -163,10 +162,10 @@ def _with_samplers(opened: Opened, names: str) -> Opened:
 
 def beside(opened: Opened) -> Path:
   """The folder for the results of a run, or of a file of weights."""
-  path = Path(opened.path)
+  path = paths.path(opened.path)
   if path.parent.name in storage.FOLDERS:  # old steps are deleted, results are not
     return path.parent.parent
-  return path if path.is_dir() else path.with_name(f'{path.name}.results')
+  return path if paths.is_dir(path) else path.with_name(f'{path.name}.results')
 
 
 def facts(opened: Opened, **results: Any) -> dict[str, Any]:

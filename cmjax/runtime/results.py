@@ -1,28 +1,29 @@
 """Writes results into files: by the first process alone, and into new folders."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+import io
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import numpy as np
+
+from cmjax.runtime import paths
 
 
 def write_text(path: Path, text: str) -> None:
   """Writes a text in UTF-8."""
   if jax.process_index() == 0:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding='utf-8')
+    _store(path, lambda file: file.write(text.encode()))
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
   """Writes arrays by name as .npz."""
   if jax.process_index() == 0:
-    path.parent.mkdir(parents=True, exist_ok=True)
     named: Any = dict(arrays)  # `np.savez` has keywords of other types
-    np.savez(path, **named)
+    _store(path, lambda file: np.savez(file, **named))
 
 
 def write_json(path: Path, facts: Mapping[str, Any]) -> None:
@@ -50,11 +51,23 @@ def write_png(
     return
   from PIL import Image  # slow to import
 
-  Path(path).parent.mkdir(parents=True, exist_ok=True)
   animation: dict[str, Any] = {}
   if len(later):
     duration = max(40, min(500, 4000 // len(later)))  # in ms, of each
     animation['duration'] = [duration] * len(later) + [duration + 1000]
     animation['append_images'] = [Image.fromarray(frame) for frame in later]
     animation |= dict(save_all=True, loop=0)
-  Image.fromarray(image).save(path, **animation)
+  path = paths.path(path)
+  settings = dict(format=path.suffix[1:], **animation)
+  _store(path, lambda file: Image.fromarray(image).save(file, **settings))
+
+
+def _store(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+  if paths.remote(path):
+    content = io.BytesIO()
+    write(content)
+    paths.write_bytes(path, content.getvalue())
+    return
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with path.open('wb') as file:
+    write(file)

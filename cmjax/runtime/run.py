@@ -75,6 +75,17 @@ class Run(NamedTuple):
       'parameters': sum(a.size for a in jax.tree.leaves(self.abstract_params())),
     }
 
+  def summary(self, start: int) -> str:
+    """The facts, and what remains to be trained, in one line."""
+    facts = self.facts()
+    return (
+      f'{facts["data"]}: {facts["examples"]:,} examples; '
+      f'{facts["parameters"]:,} parameters; '
+      f'{self.total_steps:,} steps of {self.config.batch_size} on {self.mesh.size} '
+      f'{jax.devices()[0].platform} device(s); '
+      + (f'resumes from step {start:,}' if start else 'starts')
+    )
+
   def abstract_params(self) -> Params:
     """Shapes and shardings of the parameters."""
     return pretrained.abstract_params(

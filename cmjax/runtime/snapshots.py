@@ -13,7 +13,7 @@ import jax
 
 from cmjax import ema
 from cmjax.core import Params, TrainState, UserError, first_line
-from cmjax.runtime import checkpoint, logs, sharding, storage
+from cmjax.runtime import checkpoint, logs, paths, sharding, storage
 from cmjax.runtime.build import check_value, path_of
 from cmjax.runtime.config_record import Config
 from cmjax.runtime.errors import user_errors
@@ -130,7 +130,7 @@ def put_together(
   Raises: UserError if there are no snapshots, one of them is damaged or of another
     network, or they do not reproduce this width.
   """
-  where, path = f'{_KEY}={relative_std:g}', checkpoint.local(path)
+  where, path = f'{_KEY}={relative_std:g}', paths.path(path)
   workdir = path.parent.parent if storage.is_step(path) else path
   folder = workdir / storage.SNAPSHOTS
   steps = [s for s in storage.steps_in(folder) if s <= step]

@@ -1,23 +1,28 @@
 """Saves and restores the items of a checkpoint with orbax, and checks their hashes."""
 
 from collections.abc import Callable, Iterator, Mapping
+from concurrent import futures
 import contextlib
 import functools
 import gc
 import logging
 from pathlib import Path
 import sys
+import threading
+import time
 from typing import Any, NamedTuple, TypeVar
 import warnings
 
 import jax
 import orbax.checkpoint as ocp
 
-from cmjax.runtime import checksums, sharding
+from cmjax.core import UserError
+from cmjax.runtime import checksums, paths, sharding
 
 T = TypeVar('T')
 
 FOLDERS = CHECKPOINTS, SNAPSHOTS = ('checkpoints', 'snapshots')  # of a work directory
+SILENCE_S = 60.0  # until a bucket that does not answer is given up
 
 
 class Restored(NamedTuple):
@@ -30,13 +35,16 @@ class Restored(NamedTuple):
 
 def is_step(path: Path) -> bool:
   """Whether a path is `checkpoints/STEP` or `snapshots/STEP` of a work directory."""
-  return _is_number(path.name) and path.parent.name in FOLDERS and path.is_dir()
+  named = _is_number(path.name) and path.parent.name in FOLDERS
+  return named and paths.is_dir(path)
 
 
 def steps_in(folder: Path) -> list[int]:
   """The steps stored in a folder, newest first; none if it does not exist."""
-  steps = (p for p in folder.glob('*') if _is_number(p.name) and p.is_dir())
-  return sorted((int(p.name) for p in steps), reverse=True)
+  steps = [int(name) for name in paths.folders_in(folder) if _is_number(name)]
+  if paths.remote(folder):  # a step is not renamed when it is complete, but marked
+    steps = [s for s in steps if (folder / str(s) / 'commit_success.txt').exists()]
+  return sorted(steps, reverse=True)
 
 
 def _is_number(name: str) -> bool:
@@ -55,7 +63,7 @@ def save_args(items: Mapping[str, Any], meta: dict[str, Any]) -> ocp.args.Compos
 def read(folder: Path, step: int, likes: Mapping[str, Any]) -> Restored:
   """`restore` from a folder of checkpoints, which is opened read-only."""
   with quiet(), ocp.CheckpointManager(folder, options=_READ_ONLY) as manager:
-    return restore(manager, step, likes)
+    return answering(folder, lambda: restore(manager, step, likes))
 
 
 def restore(
@@ -118,6 +126,40 @@ def unrecorded(folder: Path, step: int, item: str) -> checksums.Records:
       key: checksums.Record(str(a.dtype), tuple(a.shape)) for key, a in metadata.items()
     }
   return records
+
+
+def answering(folder: Path, call: Callable[[], T]) -> T:
+  """The result of a call that reads or writes a folder.
+
+  Raises: OSError if the folder is in a bucket that does not answer for `SILENCE_S`
+    during the call, which continues in a thread: tensorstore repeats requests for a
+    quarter of an hour, and orbax does not pass on its settings.
+  """
+  if not paths.remote(folder):
+    return call()
+  result: futures.Future[T] = futures.Future()
+
+  def run() -> None:
+    try:
+      result.set_result(call())
+    except BaseException as error:
+      result.set_exception(error)
+
+  threading.Thread(target=run, daemon=True).start()
+  answered = time.monotonic()
+  while not futures.wait([result], timeout=paths.PROBE_S).done:
+    now = time.monotonic()
+    if paths.answers(folder):
+      answered = now
+    elif now - answered > SILENCE_S:
+      raise OSError(f'the bucket has not answered for {now - answered:.0f} s')
+  return result.result()
+
+
+def check_answers(folder: Path) -> None:
+  """Raises UserError if a folder is in a bucket that does not answer."""
+  if not paths.answers(folder):  # then its checkpoints are not damaged
+    raise UserError(f'{folder}: the bucket does not answer; repeat the command later')
 
 
 def _in_all_processes(call: Callable[[], T]) -> T:

@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from cmjax.core import first_line
-from cmjax.runtime import logs
+from cmjax.runtime import logs, paths
 
 INIT_S = 20.0  # until W&B is considered unreachable at the start
 FINISH_S = 60.0  # for W&B's last upload; what is missing stays on the disk
@@ -62,6 +62,9 @@ class _TensorBoard:
         self._events.add_image(name, value, step, dataformats='HWC')
       else:
         self._events.add_scalar(name, value, step)
+
+  def flush(self) -> None:
+    self._events.flush()
 
   def close(self) -> None:
     self._events.close()
@@ -264,11 +267,8 @@ class _Ids(NamedTuple):
   def write(self, run_id: str) -> str:
     """Stores an id, and returns it."""
     self.path.parent.mkdir(exist_ok=True)
-    new = self.path.with_suffix('.new')
-    new.unlink(missing_ok=True)  # it may be a link
     text = json.dumps(self._all() | {self.destination: run_id})
-    new.write_text(text, encoding='utf-8')
-    new.replace(self.path)  # atomic: a kill leaves one of the two
+    paths.write_text(self.path, text)
     return run_id
 
 

@@ -5,13 +5,14 @@ import contextlib
 from importlib import metadata, util
 from pathlib import Path
 import re
+import shutil
 import traceback
 from typing import Any, cast
 
 import numpy as np
 
 from cmjax.core import UserError, first_line
-from cmjax.runtime import errors
+from cmjax.runtime import errors, logs, paths
 from cmjax.runtime.build import bound, build, path_of
 from cmjax.runtime.config_record import Config, ConfigDict
 from cmjax.runtime.functions import Foreign
@@ -55,17 +56,25 @@ def _check_installed(library: Library, where: str) -> None:
     raise UserError(f'{where}: needs {package} {oldest}, not {installed}; {advice}')
 
 
+IDS = 'trackers'  # folder of the ids of runs of W&B and MLflow
+
+
 class Trackers:
   """The trackers of a run, which receive what it logs while they are running.
 
   In a run that starts, each must start. When a run resumes, or later, one that fails is
   reported and left out: `metrics.jsonl` and `pictures/` have everything.
+
+  The trackers of a run in a bucket write into a local folder. Of its files, the events
+  of TensorBoard and the ids of runs are copied to the bucket, by `copy` and at the end.
   """
 
   def __init__(self, config: Config, workdir: Path, start: int):
     self._parts = config.trackers
+    self._workdir, self._staging = workdir, paths.staging(workdir)
+    self._copied: dict[str, dict[Path, tuple[int, int]]] = {}
     self._given: dict[str, Any] = dict(
-      workdir=workdir, config=config.to_dict(), start=start
+      workdir=self._staging, config=config.to_dict(), start=start
     )
     self._running: dict[str, Tracker] = {}
 
@@ -76,11 +85,41 @@ class Trackers:
     Raises: UserError if one does not start in a run that starts.
     """
     try:
+      if self._parts and self._staging != self._workdir:
+        self._stage()
       for name in self._parts:
         self._start(name)
       yield
     finally:
       self._close()
+      self.copy()
+
+  def _stage(self) -> None:
+    """Makes the local folder, with the ids of runs that the bucket has."""
+    # Events of an earlier start are in the bucket, or of steps that are repeated.
+    shutil.rmtree(self._staging / 'tensorboard', ignore_errors=True)
+    shutil.rmtree(self._staging / IDS, ignore_errors=True)
+    self._staging.mkdir(parents=True, exist_ok=True)
+    with paths.fetched(self._workdir, [f'{IDS}/*.json']) as found:
+      if (found / IDS).is_dir():
+        shutil.copytree(found / IDS, self._staging / IDS)
+    logs.say(
+      f'trackers write into {self._staging}; its tensorboard/ is copied to '
+      f'{self._workdir} with each checkpoint, other files are not'
+    )
+
+  def copy(self) -> None:
+    """Copies events and ids of runs to a bucket; a failure is reported."""
+    if self._staging == self._workdir or not self._parts:
+      return
+    try:
+      for tracker in self._running.values():
+        getattr(tracker, 'flush', lambda: None)()
+      for name in ('tensorboard', IDS):
+        done = self._copied.setdefault(name, {})
+        paths.upload(self._staging / name, self._workdir / name, done)
+    except Exception as error:  # of a library or a network
+      errors.say(f'{self._workdir}: cannot copy what trackers write: {error}')
 
   def _start(self, name: str) -> None:
     where = f'config.trackers.{name}'

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from cmjax.core import UserError
-from cmjax.runtime import checkpoint
+from cmjax.runtime import checkpoint, paths
 from cmjax.runtime.config import overridden, read
 from cmjax.runtime.config_json import from_json, read_json, to_json
 from cmjax.runtime.config_record import (
@@ -19,11 +19,17 @@ from cmjax.runtime.config_record import (
 def folder(text: str) -> Path:
   """The path of a --workdir.
 
-  Raises: UserError if it is empty or not local, or a file is in its place.
+  Raises: UserError if it is empty, a file is in its place, or it is in a bucket that
+    does not exist, cannot be listed or is of another provider than Google.
   """
   if not text:
     raise UserError('give --workdir=DIR, the folder of the run')
-  path = checkpoint.local(text)
+  path = paths.path(text)
+  if paths.remote(path):
+    paths.check_access(path)
+    if paths.is_file(path):
+      raise UserError(f'--workdir: {path} is a file, not a folder')
+    return path
   for part in (path, *path.parents):
     if part.exists() and not part.is_dir():
       raise UserError(f'--workdir: {part} is a file, not a folder')
@@ -99,9 +105,8 @@ def check_claim(workdir: Path, config: Config) -> None:
 def write_config(workdir: Path, config: Config) -> None:
   """Writes `config.json`. Raises: UserError if it cannot be written."""
   try:
-    new = workdir / 'config.json.new'
-    new.unlink(missing_ok=True)  # it may be a link
-    new.write_text(to_json(config), encoding='utf-8')
-    new.replace(workdir / 'config.json')  # atomic: a kill leaves one of the two
-  except OSError as error:
-    raise UserError(f'--workdir: cannot write {workdir} ({error.strerror})') from error
+    paths.write_text(workdir / 'config.json', to_json(config))
+  except Exception as error:
+    if why := getattr(error, 'strerror', '') or paths.reason(error):
+      raise UserError(f'--workdir: cannot write {workdir} ({why})') from error
+    raise
