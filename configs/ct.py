@@ -11,36 +11,48 @@ Measured:  toy2d: error of the map 0.065; digits, width 192:
            0.638 at one evaluation, 0.301 at two (means of three seeds)
 """
 
-from cmjax.configs import parts
+from cmjax.configs import papers, parts
 
 
 def get_config(data='digits'):
-  c = parts.on(data)
+  data, metric = papers.split(data)
+  c = papers.consistency_models(data)
   c.precond = parts.consistency_precond(0.002)
-  c.samplers.two_steps.sigma_min = 0.002
-  if data == 'cifar10':
-    c.total_images = 800_000 * c.batch_size
-    c.optimizer = parts.radam(parts.constant(4e-4))
-    c.ema = dict(slow=parts.constant(0.9999))
-    curve = dict(start=2, end=150)
-    distance, weighting = parts.squared_l2(), parts.weighting('uniform')
+  c.samplers.two_steps = parts.two_steps(0.002, _MIDDLE.get(data, 0.821))
+  paper = data in _PAPER
+  if paper:
+    end, start_decay, iterations, rate = _PAPER[data]
+    c.optimizer = parts.radam(parts.constant(rate))
   else:
-    c.total_images = 6_000 * c.batch_size
+    end, start_decay, iterations = 20, 0.9, 6_000
     c.optimizer = parts.adam(parts.cosine(1e-3))
     c.ema = dict(slow=parts.constant(0.998))
-    curve = dict(start=2, end=20)
-    distance, weighting = parts.pseudo_huber(0.03), parts.weighting('inverse_gap')
+  c.total_images = iterations * c.batch_size
+  curve = dict(start=2, end=end)
   num_scales = dict(fn='cmjax.schedules:adaptive_num_scales', **curve)
   c.objective = dict(
     fn='cmjax.objectives.consistency:ct',
     pairs=parts.karras_pairs(num_scales),
-    distance=distance,
-    weighting=weighting,
+    distance=parts.pseudo_huber(0.03),
+    weighting=parts.weighting('uniform' if paper else 'inverse_gap'),
   )
+  if paper:
+    papers.set_metric(c, metric)
   c.target_decay = dict(
     fn='cmjax.schedules:adaptive_decay',
-    start_decay=0.9,
+    start_decay=start_decay,
     as_released=False,
     **curve,
   )
   return c
+
+
+# s1, mu0, iterations, learning rate.
+_PAPER = {
+  'cifar10': (150, 0.9, 800_000, 4e-4),
+  'imagenet64': (200, 0.95, 800_000, 1e-4),
+  'lsun_bedroom256': (150, 0.95, 1_000_000, 5e-5),
+  'lsun_cat256': (150, 0.95, 1_000_000, 5e-5),
+}
+# The noise level of the second step: released scripts.
+_MIDDLE = {'imagenet64': 1.913, 'lsun_bedroom256': 3.991, 'lsun_cat256': 5.249}

@@ -11,28 +11,100 @@ Measured:  digits: 0.095 and 0.991 at 35 evaluations (README.md, "Quick start");
            bits per dimension of training examples (study `likelihood`)
 """
 
-from cmjax.configs import parts
+from cmjax.configs import papers, parts
 
 
 def get_config(data='digits'):
-  c = parts.on(data)
+  data, _, variant = data.partition('_')
+  if data == 'lsun':
+    c = _lsun(f'lsun_{variant}')
+  elif data == 'imagenet64' and variant:
+    c = _edm2(variant)
+  else:
+    c = _edm(data)
+  if variant == 'cond':
+    c.data.conditional = True
+  if variant == 'ncsnpp':
+    c.network = parts.ncsnpp(dropout=0.13)
   c.precond = parts.edm_precond()
-  c.objective = dict(
+  c.samplers.one_step = parts.one_step()
+  c.studies.likelihood = parts.likelihood(data)
+  return c
+
+
+def _objective(mean, std):
+  return dict(
     fn='cmjax.objectives.denoise:edm',
-    times=parts.lognormal(-1.2, 1.2),
+    times=parts.lognormal(mean, std),
     sigma_data=0.5,
     label_dropout=0.0,
   )
-  if data == 'cifar10':
-    c.data = parts.cifar10(flip=True)
-    c.network.dropout = 0.13
-    c.total_images = 200_000_000
-    c.optimizer = parts.adam(parts.warmup(1e-3, warmup_images=10_000_000))
-    c.ema = dict(slow=parts.half_life(500_000, rampup_ratio=0.05))
-  else:
+
+
+# NVlabs/edm: batch size, millions of images, learning rate, dropout, half-life of the
+# EMA in images, steps of the sampler.
+_EDM = {
+  'cifar10': (512, 200, 1e-3, 0.13, 500_000, 18),
+  'ffhq64': (256, 200, 2e-4, 0.05, 500_000, 40),
+  'imagenet64': (4096, 2500, 1e-4, 0.1, 50_000_000, 256),
+}
+
+
+def _edm(data):
+  c = papers.on(data)
+  c.objective = _objective(-1.2, 1.2)
+  if data not in _EDM:
+    c.samplers = dict(heun=parts.heun())
     c.total_images = 3_000 * c.batch_size
     c.optimizer = parts.adam(parts.cosine(1e-3))
     c.ema = dict(slow=parts.constant(0.998))
-  c.samplers = dict(heun=parts.heun(), one_step=parts.one_step())
-  c.studies.likelihood = parts.likelihood(data)
+    return c
+  c.batch_size, millions, rate, c.network.dropout, half_life, steps = _EDM[data]
+  c.total_images = millions * 1_000_000
+  c.data.flip = data != 'imagenet64'
+  c.optimizer = parts.adam(parts.warmup(rate, warmup_images=10_000_000))
+  c.ema = dict(slow=parts.half_life(half_life, rampup_ratio=0.05))
+  c.samplers = dict(heun=parts.heun(steps))
+  if data == 'imagenet64':
+    c.accumulate = 2
+    c.samplers.heun = dict(fn='cmjax.diffusion_samplers:stochastic', num_steps=steps)
+  return c
+
+
+# NVlabs/edm2: images / 2^20, learning rate, dropout.
+_EDM2 = {
+  's': (1024, 1e-2, 0.0),
+  'm': (2048, 9e-3, 0.1),
+  'l': (1024, 8e-3, 0.1),
+  'xl': (640, 7e-3, 0.1),
+}
+
+
+def _edm2(size):
+  images, rate, dropout = _EDM2[size]
+  c = papers.edm2(size, dropout)
+  c.network.update(dropout_resolution=64, log_weight=True)
+  c.objective = _objective(-0.8, 1.6)
+  c.batch_size, c.total_images = 2048, images * 2**20
+  if size in ('l', 'xl'):
+    c.accumulate = 2
+  rate = parts.inverse_root(
+    rate, hold_images=35_000 * c.batch_size, rampup_images=10_000_000
+  )
+  c.optimizer = parts.unit_weights(parts.adam(rate, b2=0.99))
+  c.ema = parts.power_emas(0.05, 0.1)
+  c.sample_weights = 'power_050'
+  c.every.snapshot_steps = 2**23 // c.batch_size
+  c.samplers = dict(heun=parts.heun(32))
+  return c
+
+
+def _lsun(data):
+  c = papers.consistency_models(data)
+  c.objective = _objective(-1.2, 1.2)
+  c.network.dropout = 0.1
+  iterations = 600_000 if data == 'lsun_bedroom256' else 300_000
+  c.total_images = iterations * c.batch_size
+  c.optimizer = parts.radam(parts.constant(1e-4))
+  c.samplers = dict(heun=parts.heun(40))
   return c

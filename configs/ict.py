@@ -11,24 +11,33 @@ Measured:  toy2d: error of the map 0.039; digits, width 192:
            0.427 at one evaluation, 0.174 at two (means of three seeds)
 """
 
-from cmjax.configs import parts
+from cmjax.configs import papers, parts
 
 
 def get_config(data='digits'):
-  c = parts.on(data)
+  data, _, deep = data.partition('_')
+  c = papers.on(data)
   c.precond = parts.consistency_precond(0.002)
-  if data == 'cifar10':
-    c.batch_size = 1024
-    c.network.dropout = 0.3
-    c.total_images = 400_000 * c.batch_size
-    c.optimizer = parts.radam(parts.constant(1e-4))
-    c.ema = dict(slow=parts.constant(0.99993))
-    end, c_huber = 1280, 0.02993
-  else:
+  if data in ('toy2d', 'digits'):
     c.total_images = 6_000 * c.batch_size
     c.optimizer = parts.radam(parts.cosine(7e-4))
     c.ema = dict(slow=parts.constant(0.998))
     end, c_huber = 160, {'toy2d': 0.00076, 'digits': 0.00432}[data]
+  else:
+    c.data.flip = True
+    c.optimizer = parts.radam(parts.constant(1e-4))
+    end = 1280
+    if data == 'cifar10':
+      c.batch_size, iterations, decay, c_huber = 1024, 400_000, 0.99993, 0.02993
+      c.network = parts.ncsnpp(0.3, fourier_scale=0.02, num_blocks=8 if deep else 4)
+    else:
+      c.batch_size, iterations, decay, c_huber = 4096, 800_000, 0.99997, 0.05986
+      c.network.update(film=False, num_blocks=6 if deep else 3)
+      c.network.update(dropout=0.2, dropout_resolution=16)
+      c.accumulate = 2
+      c.samplers.two_steps = parts.two_steps(middle=1.526)
+    c.ema = dict(slow=parts.constant(decay))
+    c.total_images = iterations * c.batch_size
   c.objective = dict(
     fn='cmjax.objectives.consistency:ict',
     num_scales=dict(fn='cmjax.schedules:doubling_num_scales', start=10, end=end),

@@ -14,20 +14,20 @@ Measured:  toy2d: error of the map 0.099; digits, width 192:
            0.997 at one evaluation, 0.458 at two (means of three seeds)
 """
 
-from cmjax.configs import parts
+from cmjax.configs import papers, parts
 
 
 def get_config(data='digits'):
-  c = parts.tuned(data)
+  toy = data in ('toy2d', 'digits')
+  c = parts.tuned(data) if toy else papers.consistency_models(data)
+  c.init_from = parts.REQUIRED
   c.precond = parts.edm_precond()
-  if data == 'cifar10':
-    start, stage_images = 4096, 50_000 * c.batch_size
-    c.total_images = 13 * stage_images
-    peak, c.grad_clip_norm = 5e-5, 1.0
-    c.ema = dict(slow=parts.constant(0.9999))
+  if toy:
+    start, stage_images, peak = 16, c.total_images // 5, 7e-4
   else:
-    start, stage_images = 16, c.total_images // 5
-    peak = 7e-4
+    start, stage_images, peak = 4096, 50_000 * c.batch_size, 5e-5
+    c.total_images = 13 * stage_images
+    c.grad_clip_norm = 1.0
   c.optimizer = parts.adam(
     dict(fn='cmjax.schedules:stage_decay', peak=peak, stage_images=stage_images)
   )

@@ -18,15 +18,19 @@ from cmjax.configs import ect, parts
 def get_config(data='digits'):
   data, phased, _ = data.partition('_phased')
   c = ect.get_config(data)
-  per_class = 2_000 if data == 'toy2d' else 0  # 0: all
+  imagenet = data.startswith('imagenet64')
+  per_class = 2_000 if data == 'toy2d' else 256 if imagenet else 0  # 0: all
   c.reference = dict(fn='cmjax.data.reference:reference', per_class=per_class, seed=0)
   with c.unlocked():
     c.objective.fn = 'cmjax.objectives.consistency:stable_ct'
-    c.objective.sigma_threshold = {'toy2d': 0.08, 'digits': 0.43}.get(data, 3.0)
+    c.objective.sigma_threshold = {'toy2d': 0.08, 'digits': 0.43}.get(
+      data, 6.0 if imagenet else 3.0
+    )
     c.objective.block_size = 256
     c.objective.edges = (0.3, 1.5, 8.0) if phased else ()
   c.objective.relative_gap.smooth = True
-  c.objective.distance = parts.pseudo_huber(0.0)
+  c.objective.distance = parts.pseudo_huber(0.06 if imagenet else 0.0)
+  c.objective.weighting = parts.weighting('inverse_gap')
   if phased:
     c.samplers = dict(
       four_steps=dict(

@@ -9,7 +9,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 
 from ml_collections import ConfigDict
 
-from cmjax.configs import parts
+from cmjax.configs import papers, parts
 from cmjax.core import UserError
 from cmjax.runtime import build
 from cmjax.runtime.errors import user_errors
@@ -218,7 +218,10 @@ def require(config: Config) -> None:
 
 def data_of(name: str) -> tuple[str, ...]:
   """The data sets that a config that ships takes, as in `NAME:DATA`."""
-  return parts.DATA + parts.MORE_DATA.get(name, ())
+  recipes = (recipe.partition(':') for recipe in papers.RECIPES)
+  more = [data for config, _, data in recipes if config == name]
+  more += parts.MORE_DATA.get(name, ())
+  return tuple(dict.fromkeys((*parts.DATA, *more)))
 
 
 def flat(config: ConfigDict | Config) -> dict[str, Any]:
