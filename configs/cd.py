@@ -2,14 +2,28 @@
 
 Command:   cmjax --config=cd:digits --workdir=runs/cd
              --config.teacher=runs/edm
-Hardware:  toy2d, digits: two CPU cores, two minutes; cifar10: not run
-Source:    Song et al. 2023, algorithm 2 and table 3: N = 18, RAdam 4e-4, batch 512,
-           EMA 0.9999, mu = 0; toy2d, digits: optimiser, EMA, metric, weighting and
-           length are cmjax choices
-Differs:   cifar10: the squared l2 norm of their ablation, not LPIPS
-Expected:  cifar10: FID 3.55 at one evaluation, 2.93 at two, with LPIPS (their table 1)
-Measured:  toy2d: error of the map 0.022; digits, width 192:
-           0.604 at one evaluation, 0.217 at two (means of three seeds)
+Data:      cifar10; imagenet64; lsun_bedroom256 and lsun_cat256, which need
+           --config.data.path; each with the squared l2 norm, or with the suffix _l1 or
+           _lpips, whose weights are config.perceptual.vgg and heads. The teacher has
+           the same network: edm:cifar10_ncsnpp, edm:imagenet64, edm:lsun_bedroom256, or
+           the released edm_* files of OpenAI
+Hardware:  toy2d, digits: two CPU cores, two minutes; the others: not run, compiled for
+           TPUs (configs/README.md)
+Source:    Song et al. 2023, algorithm 2 and table 3: N = 18 or 40, mu = 0 or 0.95,
+           RAdam 4e-4 (l1: 2e-4), 8e-6 and 1e-5, batch 512 or 2048, 800k or 600k
+           iterations; openai/consistency_models_cifar10 and openai/consistency_models
+           `launch.sh`: networks, EMAs, second noise levels (lsun_cat256: that of
+           lsun_bedroom256, a cmjax choice); toy2d, digits: optimiser, EMA, metric,
+           weighting and length are cmjax choices; l1 on imagenet64 and lsun is too
+Differs:   l1 and l2 are summed, not averaged, over pixels; `launch.sh` has a batch of
+           256 on LSUN; its ImageNet64 and LSUN runs use float16, these bfloat16, and
+           its third EMA, 0.9999 or 0.99994, is left out; ImageNet is TFDS's, not
+           cropped
+Expected:  with LPIPS, FID at one and two evaluations: cifar10 3.55, 2.93; imagenet64
+           6.20, 4.70; lsun_bedroom256 7.80, 5.22; lsun_cat256 11.0, 8.84 (their tables
+           1 and 2); for l1 and l2 they have curves alone
+Measured:  toy2d: error of the map 0.022; digits, width 192: 0.604 at one evaluation,
+           0.217 at two (means of three seeds)
 """
 
 from cmjax.configs import papers, parts

@@ -1,14 +1,22 @@
 """Consistency training from data alone, with a target network and a growing grid.
 
 Command:   cmjax --config=ct:toy2d --workdir=runs/ct
-Hardware:  toy2d, digits: two CPU cores, two minutes; cifar10: not run
-Source:    Song et al. 2023, algorithm 3 and table 3: N(k) and mu(k) of appendix C up to
-           150, RAdam 4e-4, batch 512, EMA 0.9999; toy2d, digits: N(k) up to 20, metric,
-           weighting, optimiser, EMA and length are cmjax choices
-Differs:   cifar10: the squared l2 norm of their ablation, not LPIPS
-Expected:  cifar10: FID 8.70 at one evaluation, 5.83 at two, with LPIPS (their table 1)
-Measured:  toy2d: error of the map 0.065; digits, width 192:
-           0.638 at one evaluation, 0.301 at two (means of three seeds)
+Data:      as in `cd`, with the same suffixes, without a teacher
+Hardware:  toy2d, digits: two CPU cores, two minutes; the others: not run, compiled for
+           TPUs (configs/README.md)
+Source:    Song et al. 2023, algorithm 3 and table 3: N(k) and mu(k) of appendix C, s1 =
+           150 (imagenet64: 200), mu0 = 0.9 (the larger images: 0.95), batch 512 or
+           2048, 800k iterations (LSUN: 1M); learning rates 4e-4, 1e-4 and 5e-5, EMAs
+           and second noise levels: released `launch.sh`; toy2d, digits: N(k) up to 20,
+           metric, weighting, optimiser, EMA and length are cmjax choices; l1 and l2 on
+           images too
+Differs:   table 3 has learning rates of 8e-6 and 1e-5 on imagenet64 and LSUN;
+           `launch.sh` starts from the weights of a teacher (--config.init_from), the
+           paper from random ones; the rest as in `cd`
+Expected:  with LPIPS, FID at one and two evaluations: cifar10 8.70, 5.83; imagenet64
+           13.0, 11.1; lsun_bedroom256 16.0, 7.85; lsun_cat256 20.7, 11.7 (their tables)
+Measured:  toy2d: error of the map 0.065; digits, width 192: 0.638 at one evaluation,
+           0.301 at two (means of three seeds)
 """
 
 from cmjax.configs import papers, parts

@@ -2,21 +2,26 @@
 
 Command:   cmjax --config=ect:digits --workdir=runs/ect
              --config.init_from=runs/edm
+Data:      cifar10, its one-hour run cifar10_1h; imagenet64 in EDM2-S, and _m, _l, _xl;
+           ffhq64, which needs --config.data.path. init_from: edm:cifar10, edm:ffhq64,
+           edm:imagenet64_s to _xl, or the released files of NVlabs/edm and edm2
 Hardware:  digits: two CPU cores, about three minutes; toy2d one; cifar10: 20 steps of a
-           narrow network on two CPU cores; imagenet64: not run, compiled for TPUs
-           (launch/README.md, "Compile for a TPU without one")
+           narrow network on two CPU cores; all images: compiled for TPUs
+           (configs/README.md; launch/README.md, "Compile for a TPU without one")
 Source:    Geng et al. 2024 (ECT); cifar10: locuslab/ect `run_ecm.sh`, and cifar10_1h
            `run_ecm_1hour.sh`; toy2d, digits: smooth stages, optimiser and length are
-           cmjax choices; imagenet64: branch imgnet, `run_imgnet_ecm.sh` and the preset
-           of EDM2-S; imagenet64_xl: preset of EDM2-XL, 100k steps of 1024 (paper)
+           cmjax choices; imagenet64: branch imgnet, `run_imgnet_ecm.sh` and the presets
+           of EDM2-S to -XL, 100k steps of 128, _xl of 1024 (paper); ffhq64: the recipe
+           of cifar10 with EDM's network, a cmjax choice
 Differs:   released networks sample with `--config.precond.sigma_min=0.003`; optax's
            RAdam adds eps after its bias correction, PyTorch's before; imagenet64: TFDS
-           does not resize as EDM2's tool does; imagenet64_xl: bfloat16, recomputed
-           blocks and a sharded state are cmjax choices, to fit in memory
+           does not resize as EDM2's tool does; ffhq64, imagenet64_m to _xl: bfloat16,
+           recomputed blocks and a sharded state are cmjax choices, to fit in memory
 Expected:  digits: pixel Frechet distance <= 0.18 at one evaluation, <= 0.12 at two;
            label agreement >= 0.98; cifar10: FID 3.86 at one evaluation, 2.15 at two
            (locuslab/ect README); cifar10_1h: 2.73 at two (abstract of the paper);
-           imagenet64: 5.51 and 3.18, imagenet64_xl: 2.49 and 1.67 (paper)
+           imagenet64: 5.51 and 3.18, _m 3.67 and 2.35, _xl 2.49 and 1.67 (paper; that
+           of _l has not been looked up)
 Measured:  digits: 0.161 and 0.083, agreement 0.991 and 0.990 (README.md, "Quick start")
 """
 

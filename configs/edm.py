@@ -1,12 +1,25 @@
 """EDM: the diffusion model that other models start from, distil or are compared with.
 
 Command:   cmjax --config=edm:digits --workdir=runs/edm
-Hardware:  toy2d, digits: two CPU cores, a minute; cifar10: not trained to the end
-Source:    objective, sampler and noise levels of Karras et al. 2022, table 1; cifar10:
-           NVlabs/edm `train.py`; toy2d, digits: network, optimiser, length cmjax choice
-Differs:   cifar10: horizontal flips only, without the augmentation pipeline
-Expected:  digits: pixel Frechet distance <= 0.12, label agreement >= 0.98; cifar10: FID
-           1.97 at 35 evaluations, with augmentation (NVlabs/edm README)
+Data:      cifar10 in DDPM++, cifar10_cond with labels, cifar10_ncsnpp in NCSN++;
+           imagenet64 in ADM, imagenet64_s, _m, _l, _xl in EDM2; ffhq64, lsun_bedroom256
+           and lsun_cat256, which need --config.data.path
+Hardware:  toy2d, digits: two CPU cores, a minute; the others: not trained to the end,
+           compiled for TPUs (configs/README.md)
+Source:    objective, sampler and noise levels of Karras et al. 2022, table 1; cifar10,
+           ffhq64, imagenet64: NVlabs/edm `train.py` and README; lsun: Song et al. 2023,
+           table 3 and appendix C, openai/consistency_models `launch.sh`; imagenet64_s
+           to _xl: NVlabs/edm2 `train_edm2.py`; toy2d, digits: network, optimiser,
+           length cmjax choice
+Differs:   cifar10 and ffhq64: horizontal flips only, without the augmentation pipeline
+           (12 % and 15 %); cifar10_ncsnpp is the teacher of Song et al. 2023, whose EMA
+           has no ramp-up; imagenet64: TFDS's images; EDM2: noise levels of EDM's
+           weighting times the learned one, and bfloat16
+Expected:  digits: pixel Frechet distance <= 0.12, label agreement >= 0.98; FID: cifar10
+           1.97 and cifar10_cond 1.79 with augmentation, cifar10_ncsnpp 2.04, at 35
+           evaluations; imagenet64 1.36 at 511; lsun_bedroom256 3.57, lsun_cat256 6.69
+           at 79; imagenet64_s 1.58, _m 1.43, _l 1.33, _xl 1.33 at 63, with EMAs of
+           width 0.075, 0.06, 0.04, 0.04 (--config.sample_relative_std)
 Measured:  digits: 0.095 and 0.991 at 35 evaluations (README.md, "Quick start"); 2.04
            bits per dimension of training examples (study `likelihood`)
 """

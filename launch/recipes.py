@@ -139,19 +139,18 @@ def _row(name: str, fact: Mapping[str, Any] | None) -> str:
     f'{config.batch_size:,}',
   ]
   if fact is None or fact['memory'] is None:
-    cells += ['–', f'{recipe.topology}', *['–'] * 4]
+    cells += ['', recipe.topology, '', '', '', '']
   else:
     step_s = max(fact['least_step_s'], fact['least_memory_s'])
     hours = step_s * config.total_steps / 3600
     cells += [
       f'{fact["parameters"] / 1e6:,.1f}',
-      f'{recipe.topology}',
+      recipe.topology,
       f'{fact["memory"] / GIB:.1f} of {fact["usable"] / GIB:.1f}',
-      f'{step_s * 1e3:.3g}',
-      f'{hours:,.1f}',
-      f'{hours * fact["chips"]:,.0f}',
+      f'{step_s * 1e3:,.3g}',
+      *(f'{x:,.0f}' if x >= 10 else f'{x:.2g}' for x in (hours, hours * fact['chips'])),
     ]
-  return f'| {" | ".join([*cells, recipe.fid or "–"])} |'
+  return f'| {" | ".join([*cells, recipe.fid])} |'
 
 
 def placed(text: str, content: str) -> str:

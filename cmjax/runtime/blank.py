@@ -28,9 +28,7 @@ def blanked(config: Config, text: str) -> Config:
   return config.replace(**changes)
 
 
-def blank_teacher(
-  config: Config, mesh: Mesh, source: Source
-) -> pretrained.Pretrained:
+def blank_teacher(config: Config, mesh: Mesh, source: Source) -> pretrained.Pretrained:
   """A denoiser of EDM with the network of the config, and shapes for its weights."""
   network = cast(Network, build.build(config.network, 'config.network', Network))
   precond = ConfigDict(dict(fn='cmjax.precond:edm', sigma_data=0.5))

@@ -218,10 +218,15 @@ def require(config: Config) -> None:
 
 def data_of(name: str) -> tuple[str, ...]:
   """The data sets that a config that ships takes, as in `NAME:DATA`."""
-  recipes = (recipe.partition(':') for recipe in papers.RECIPES)
-  more = [data for config, _, data in recipes if config == name]
+  more = [recipe.partition(':')[2] for recipe in recipes_of(name)]
   more += parts.MORE_DATA.get(name, ())
   return tuple(dict.fromkeys((*parts.DATA, *more)))
+
+
+def recipes_of(name: str) -> dict[str, str]:
+  """The recipes of papers that a config has, `NAME:DATA`, with their published FID."""
+  recipes = papers.RECIPES.items()
+  return {key: recipe.fid for key, recipe in recipes if key.startswith(f'{name}:')}
 
 
 def flat(config: ConfigDict | Config) -> dict[str, Any]:

@@ -26,8 +26,9 @@ class Chip(NamedTuple):
   bandwidth: float  # of the memory, bytes/s
 
 
-# Source: memory and its bandwidth: cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e;
-# available memory: errors of the compiler of libtpu 0.0.42 for programs that do not fit.
+# Source: memory and bandwidth: cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e;
+# available memory: errors of the compiler of libtpu 0.0.42 for programs that do not
+# fit.
 CHIPS = {
   'v4': Chip(32, 30.75, PEAKS['TPU v4'], 1200e9),
   'v5e': Chip(16, 15.75, PEAKS['TPU v5 lite'], 819e9),
