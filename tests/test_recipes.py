@@ -3,7 +3,7 @@
 import pytest
 
 from cmjax.configs import papers
-from cmjax.runtime.config import shipped
+from cmjax.runtime.config import load, shipped
 from tests.test_readme import launch_script
 
 recipes = launch_script('recipes')
@@ -44,16 +44,9 @@ def test_every_recipe_is_of_a_config_that_ships():
   ids=str,
 )
 def test_a_recipe_is_compiled_again_if_its_step_changes(change, again, monkeypatch):
-  name, load = 'ect:cifar10', recipes.config_of
+  name = 'ect:cifar10'
   before = recipes.digest(name)
-  config = load(name)
-  for key, value in change.items():
-    if isinstance(value, dict):
-      part = getattr(config, key)
-      inner = part.to_dict() if hasattr(part, 'to_dict') else part.__dict__
-      value = type(part)(dict(inner) | value)
-    config = config.replace(**{key: value})
-  monkeypatch.setattr(recipes, 'config_of', lambda name: config)
+  monkeypatch.setattr(recipes, 'config_of', lambda name: load(name, **change))
   assert (recipes.digest(name) != before) == again
 
 
