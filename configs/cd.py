@@ -36,9 +36,10 @@ def get_config(data='digits'):
   c = parts.distilled(c)
   c.precond = parts.consistency_precond(0.002)
   c.samplers.two_steps = parts.two_steps(0.002, _middle(data, metric))
+  num_scales = 18.0 if toy or data == 'cifar10' else 40.0
   c.objective = dict(
     fn='cmjax.objectives.consistency:cd',
-    pairs=parts.karras_pairs(parts.constant(18.0)),
+    pairs=parts.karras_pairs(parts.constant(num_scales)),
     distance=parts.pseudo_huber(0.0),
     weighting=parts.weighting('inverse_gap' if toy else 'uniform'),
     solver='heun',
@@ -51,7 +52,6 @@ def get_config(data='digits'):
     rate, iterations = (2e-4 if metric == 'l1' else 4e-4), 800_000
   else:
     rate, iterations = (8e-6 if data == 'imagenet64' else 1e-5), 600_000
-    c.objective.pairs.num_scales.value = 40.0
     c.target_decay = parts.constant(0.95)
   c.optimizer = parts.radam(parts.constant(rate))
   c.total_images = iterations * c.batch_size

@@ -80,7 +80,8 @@ def _edm(data):
   c.samplers = dict(heun=parts.heun(steps))
   if data == 'imagenet64':
     c.accumulate = 2
-    c.samplers.heun = dict(fn='cmjax.diffusion_samplers:stochastic', num_steps=steps)
+    fn = 'cmjax.diffusion_samplers:stochastic'
+    c.samplers = dict(stochastic=dict(fn=fn, num_steps=steps))
   return c
 
 

@@ -443,11 +443,9 @@ def cosine(peak: float, warmup_images: int = 0) -> dict:
 
 def inverse_root(peak: float, hold_images: int, rampup_images: int = 0) -> dict:
   """Constant, then falling as one over the square root of the images, as in EDM2."""
-  return dict(
-    fn='cmjax.schedules:inverse_root',
-    peak=peak,
-    hold_images=hold_images,
-    rampup_images=rampup_images,
+  rampup = dict(rampup_images=rampup_images) if rampup_images else {}
+  return rampup | dict(
+    fn='cmjax.schedules:inverse_root', peak=peak, hold_images=hold_images
   )
 
 
