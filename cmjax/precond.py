@@ -15,6 +15,29 @@ from cmjax.process import LINEAR, VE, Process, change_process
 from cmjax.process import trigflow as trigflow_process
 
 
+class Denoiser(NamedTuple):
+  """D(x, sigma) of `edm`, which keeps its network for a learned weighting."""
+
+  network: Network
+  sigma_data: float
+
+  def __call__(self, params, x, sigma, cond, /, *, key=None) -> Array:
+    """D f32[B, ...] at x f32[B, ...] and sigma f32[B] > 0."""
+    s, sigma_data = expand(sigma, x), self.sigma_data
+    norm = jnp.sqrt(s**2 + sigma_data**2)  # 1 / c_in
+    c_skip = sigma_data**2 / (s**2 + sigma_data**2)
+    c_out = s * sigma_data / norm
+    c_noise = jnp.log(sigma) / 4
+    raw = self.network.apply(params, x / norm, c_noise, cond, key=key)
+    return c_skip * x + c_out * raw.astype(x.dtype)
+
+  def log_weight(self, params: Params, sigma: Array) -> Array | None:
+    """The learned log-weighting of the loss f32[B]; None if the network has none."""
+    if self.network.log_weight is None:
+      return None
+    return self.network.log_weight(params, jnp.log(sigma) / 4)
+
+
 def edm(network: Network, *, sigma_data: float = 0.5) -> Model:
   """D(x, sigma) = c_skip x + c_out F(c_in x, c_noise), EDM's denoiser.
 
@@ -31,17 +54,7 @@ def edm(network: Network, *, sigma_data: float = 0.5) -> Model:
   """
   _check_num_times(network, 1)
   checks.positive(sigma_data=sigma_data)
-
-  def model(params, x, sigma, cond, *, key=None) -> Array:
-    s = expand(sigma, x)
-    norm = jnp.sqrt(s**2 + sigma_data**2)  # 1 / c_in
-    c_skip = sigma_data**2 / (s**2 + sigma_data**2)
-    c_out = s * sigma_data / norm
-    c_noise = jnp.log(sigma) / 4
-    raw = network.apply(params, x / norm, c_noise, cond, key=key)
-    return c_skip * x + c_out * raw.astype(x.dtype)
-
-  return model
+  return Denoiser(network, sigma_data)
 
 
 def consistency(

@@ -9,11 +9,8 @@ from cmjax.core import UserError
 REQUIRED = '?'  # must be given: --config.KEY=VALUE
 # The data sets that every config takes: --config=OBJECTIVE:DATA.
 DATA = ('toy2d', 'digits', 'cifar10')
-# And those that one config takes as well.
-MORE_DATA = {
-  'ect': ('cifar10_1h', 'imagenet64', 'imagenet64_xl'),
-  'stable_ct': ('toy2d_phased', 'digits_phased', 'cifar10_phased'),
-}
+# And those that one config takes as well, besides the recipes of papers.py.
+MORE_DATA = {'stable_ct': ('toy2d_phased', 'digits_phased', 'cifar10_phased')}
 
 
 Config = Any  # a ConfigDict; type checkers do not know the types of its values
@@ -154,20 +151,20 @@ def digits(conditional: bool = True) -> dict:
   return dict(fn='cmjax.data.digits:digits', conditional=conditional)
 
 
-def cifar10(flip: bool) -> dict:
+def cifar10(flip: bool, conditional: bool = False) -> dict:
   """CIFAR-10 from TFDS; empty data_dir: that of CMJAX_DATA_DIR, else TFDS's own."""
   return dict(
     fn='cmjax.data.tfds:tfds',
     name='cifar10',
     split='train',
     data_dir='',
-    conditional=False,
+    conditional=conditional,
     flip=flip,
     display_name='CIFAR-10',
   )
 
 
-def imagenet64() -> dict:
+def imagenet64(flip: bool = False) -> dict:
   """ImageNet at 64x64 with its 1,000 labels from TFDS; 16 GB, which stay on disk."""
   return dict(
     fn='cmjax.data.tfds:tfds',
@@ -175,8 +172,15 @@ def imagenet64() -> dict:
     split='train',
     data_dir='',
     conditional=True,
-    flip=False,
+    flip=flip,
     display_name='ImageNet 64x64 (resized, TFDS)',
+  )
+
+
+def images(flip: bool = True) -> dict:
+  """Images without labels, as an archive or a folder that must be given."""
+  return dict(
+    fn='cmjax.data.files:from_path', path=REQUIRED, conditional=False, flip=flip
   )
 
 
@@ -209,12 +213,15 @@ def _mlp(width: int, num_blocks: int, noise_scale: float) -> dict:
   )
 
 
-def ddpmpp(dropout: float) -> dict:
-  """DDPM++ of 55.7 M parameters for 32x32 images; NVlabs/edm `train.py`."""
+def ddpmpp(dropout: float, channel_mult: tuple[int, ...] = (2, 2, 2)) -> dict:
+  """DDPM++ for 32x32 images, 55.7 M parameters; NVlabs/edm `train.py`.
+
+  For 64x64 images channel_mult is (1, 2, 2, 2): 61.8 M parameters.
+  """
   return dict(
     fn='cmjax.networks.songunet:songunet',
     channels=128,
-    channel_mult=(2, 2, 2),
+    channel_mult=channel_mult,
     num_blocks=4,
     attention_resolutions=(16,),
     dropout=dropout,
@@ -227,8 +234,49 @@ def ddpmpp(dropout: float) -> dict:
   )
 
 
+def ncsnpp(dropout: float, fourier_scale: float = 16.0, num_blocks: int = 4) -> dict:
+  """NCSN++ of 56.4 M parameters for 32x32 images; iCT has a Fourier scale of 0.02."""
+  return ddpmpp(dropout) | dict(
+    num_blocks=num_blocks,
+    embedding='fourier',
+    residual_input=True,
+    taps=(1, 3, 3, 1),
+    noise_scale=fourier_scale / 16.0,  # the frequencies are drawn with 16
+  )
+
+
+def adm(film: bool = True, num_blocks: int = 3) -> dict:
+  """ADM for ImageNet 64x64: 295.9 M parameters."""
+  return dict(
+    fn='cmjax.networks.adm:adm',
+    channels=192,
+    channel_mult=(1, 2, 3, 4),
+    num_blocks=num_blocks,
+    attention_resolutions=(32, 16, 8),
+    film=film,
+    dropout=0.0,
+    dropout_resolution=1024,
+    noise_scale=1.0,
+    num_times=1,
+    log_weight=False,
+    attention_implementation='exact',
+    remat=False,
+    dtype='float32',
+  )
+
+
+def adm_lsun() -> dict:
+  """ADM for LSUN 256x256: 526.3 M parameters; openai/consistency_models `launch.sh`."""
+  channel_mult = (1, 1, 2, 2, 4, 4)
+  return adm(film=False, num_blocks=2) | dict(channels=256, channel_mult=channel_mult)
+
+
+# Channels of EDM2 by size: 280.2 M, 497.8 M, 777.5 M and 1,119.3 M parameters.
+EDM2 = {'s': 192, 'm': 256, 'l': 320, 'xl': 384}
+
+
 def edm2(channels: int, dropout: float) -> dict:
-  """EDM2 for 64x64 images: S (192 channels, 280.2 M parameters), XL (384, 1,119 M)."""
+  """EDM2 for 64x64 images, of `EDM2` channels."""
   return dict(
     fn='cmjax.networks.edm2:edm2',
     channels=channels,
@@ -302,7 +350,7 @@ def likelihood(data: str) -> dict:
   """The study of the log-likelihood, for models that are denoisers."""
   return dict(
     fn='cmjax.studies.likelihood:likelihood',
-    num_levels={'toy2d': 0, 'digits': 17, 'cifar10': 256}[data],
+    num_levels={'toy2d': 0, 'digits': 17}.get(data, 256),
     num_steps=(8, 16, 32),
     num_samples=128,
     num_probes=0 if data == 'toy2d' else 4,
@@ -362,9 +410,14 @@ def pseudo_huber(c: float) -> dict:
   return dict(fn='cmjax.distances:pseudo_huber', c=c)
 
 
-def lpips(resize: int = 224) -> dict:
+def l1() -> dict:
+  """The l1 distance, summed."""
+  return dict(fn='cmjax.distances:l1')
+
+
+def lpips(resize: int = 224, pooling: str = 'max') -> dict:
   """LPIPS, for a config with `perceptual=lpips_weights()`."""
-  return dict(fn='cmjax.networks.lpips:lpips', pooling='max', resize=resize)
+  return dict(fn='cmjax.networks.lpips:lpips', pooling=pooling, resize=resize)
 
 
 def lpips_weights() -> dict:
@@ -397,9 +450,12 @@ def cosine(peak: float, warmup_images: int = 0) -> dict:
   return dict(fn='cmjax.schedules:cosine', peak=peak, warmup_images=warmup_images)
 
 
-def inverse_root(peak: float, hold_images: int) -> dict:
+def inverse_root(peak: float, hold_images: int, rampup_images: int = 0) -> dict:
   """Constant, then falling as one over the square root of the images, as in EDM2."""
-  return dict(fn='cmjax.schedules:inverse_root', peak=peak, hold_images=hold_images)
+  rampup = dict(rampup_images=rampup_images) if rampup_images else {}
+  return rampup | dict(
+    fn='cmjax.schedules:inverse_root', peak=peak, hold_images=hold_images
+  )
 
 
 def warmup(peak: float, warmup_images: int) -> dict:
@@ -424,11 +480,11 @@ def power_emas(*relative_stds: float) -> dict:
   }
 
 
-def heun() -> dict:
+def heun(num_steps: int = 18) -> dict:
   """EDM's deterministic sampler: 18 steps, 35 evaluations."""
   return dict(
     fn='cmjax.diffusion_samplers:ode',
-    num_steps=18,
+    num_steps=num_steps,
     solver='heun',
     sigma_min=0.002,
     sigma_max=80.0,

@@ -2,32 +2,52 @@
 
 import functools
 import importlib
+import os
 
 import jax
 import numpy as np
 import pytest
 
 from cmjax import core, train
-from cmjax.data import tfds
+from cmjax.configs import papers
+from cmjax.data import files, tfds
 from cmjax.data.source import Source
-from cmjax.runtime import batches, build, checkpoint, pretrained, sharding
+from cmjax.networks import lpips
+from cmjax.port import vision
+from cmjax.runtime import build, checkpoint, pretrained, sharding
+from cmjax.runtime import run as runtime_run
+from cmjax.runtime.batches import batch
+from cmjax.runtime.blank import blanked
 from cmjax.runtime.config import read
-from cmjax.runtime.config_record import REQUIRED, checked, require
+from cmjax.runtime.config_record import REQUIRED, checked, data_of, flat, require
 from cmjax.runtime.run import prepare
 from cmjax.train_step import make_train_step
 from tests.conftest import ROOT
 
-FILES = sorted(
-  p for p in (ROOT / 'configs').glob('*.py') if p.stem not in ('parts', '__init__')
-)
-DATA = ('toy2d', 'digits', 'cifar10')
-CONFIGS = [f'{path.stem}.py:{name}' for path in FILES for name in DATA]
-CONFIGS += ['ect.py:cifar10_1h', 'stable_ct.py:cifar10_phased']
-CONFIGS += ['ect.py:imagenet64', 'ect.py:imagenet64_xl']
+SHARED = ('parts', 'papers', '__init__')
+FILES = sorted(p for p in (ROOT / 'configs').glob('*.py') if p.stem not in SHARED)
+CONFIGS = [f'{path.stem}.py:{name}' for path in FILES for name in data_of(path.stem)]
+RECIPES = [name.replace(':', '.py:') for name in papers.RECIPES]
+# Every objective takes steps on digits, and every kind of U-Net in one recipe; all
+# recipes do with CMJAX_THOROUGH=1.
+STEPPING = [
+  *('cd.py:imagenet64_lpips', 'ict.py:cifar10_deep', 'edm.py:imagenet64_s'),
+  'ect.py:ffhq64',
+]
+THOROUGH = bool(os.environ.get('CMJAX_THOROUGH'))
+if THOROUGH:
+  STEPPING = RECIPES
 SMALLER = {
   'cmjax.networks.mlp:mlp': dict(width=16, num_blocks=1, embedding=8),
   'cmjax.networks.songunet:songunet': dict(
     channels=8, channel_mult=(1,), num_blocks=1, attention_resolutions=(8,)
+  ),
+  'cmjax.networks.adm:adm': dict(
+    channels=8,
+    channel_mult=(1,),
+    num_blocks=1,
+    attention_resolutions=(8,),
+    head_channels=8,
   ),
   'cmjax.networks.edm2:edm2': dict(
     channels=8, channel_mult=(1,), num_blocks=1, attention_resolutions=()
@@ -42,36 +62,54 @@ def load(name):
 def shrunken(name):
   """The config with a small network and batch, and no trained weights to start from."""
   config = load(name)
+  config.total_images = config.total_images // config.batch_size * 8  # as many steps
   config.batch_size = 8
   config.network.update(SMALLER[config.network.fn])
+  if 'remat' in config.network and name not in STEPPING:
+    config.network.remat = False  # quicker to trace
   if config.teacher:
     config.teacher = 'a teacher'
   config.init_from = ''
+  if config.perceptual:
+    config.perceptual.vgg = config.perceptual.heads = 'weights'
+    config.objective.distance.resize = 16
+  if config.data.get('path') == REQUIRED:
+    config.data.path = 'images'
   return config
 
 
 @pytest.fixture
 def stand_ins(monkeypatch):
-  """For CIFAR-10, which a fresh machine does not have, and for trained teachers."""
+  """For data that a fresh machine does not have, and for trained networks."""
   pixels = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 3)).astype(np.uint8)
-  source = Source('noise', pixels, None, 0, 0.0, 255.0, 127.5, 1 / 127.5, False)
+  rest = 0.0, 255.0, 127.5, 1 / 127.5, False
 
-  @functools.wraps(tfds.tfds)  # with its signature, which configs are checked against
-  def stand_in(**keywords):
-    return source
+  def noise(original):
+    @functools.wraps(original)  # with its signature, which configs are checked against
+    def stand_in(*, conditional=False, **keywords):
+      labels = np.arange(64) % 10 if conditional else None
+      return Source('noise', pixels, labels, 10 if conditional else 0, *rest)
+
+    return stand_in
+
+  @functools.wraps(vision.load_lpips)
+  def random_lpips(**keywords):
+    return core.Perceptual(jax.jit(lpips.init)(jax.random.key(2)))
 
   def teacher_of(config):
     def load(path, *, trust, mesh, say):
       network, f = build.build_model(config)
       data = build.build(config.data, 'config.data')
       inputs = pretrained.example_inputs(data.shape, data.classes, network.num_times)
-      zeros = jax.tree.map(lambda a: jax.numpy.zeros(a.shape, a.dtype), inputs)
-      params = network.init(jax.random.key(1), *zeros)
+      shapes = jax.eval_shape(network.init, jax.random.key(1), *inputs)
+      params = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), shapes)
       return pretrained.Pretrained(f, params, config, 0, data.shape, data.classes)
 
     monkeypatch.setattr(pretrained, 'load', load)
 
-  monkeypatch.setattr(tfds, 'tfds', stand_in)
+  for module, name in ((tfds, 'tfds'), (files, 'from_path')):
+    monkeypatch.setattr(module, name, noise(getattr(module, name)))
+  monkeypatch.setattr(vision, 'load_lpips', random_lpips)
   return teacher_of
 
 
@@ -97,6 +135,9 @@ def test_config_says_how_to_reproduce_it(path):
 @pytest.mark.parametrize('name', CONFIGS)
 def test_config_is_whole(name):
   config = load(name)
+  config.data.update({'path': 'there'} if 'path' in config.data else {})
+  if config.perceptual:
+    config.perceptual.update(vgg='there', heads='there')
   missing = [key for key in ('init_from', 'teacher') if config[key] == REQUIRED]
   if missing:
     with pytest.raises(core.UserError, match=r'config\.\w+: must be given'):
@@ -116,8 +157,41 @@ def test_data_without_a_config_is_refused_by_name():
     load('ict.py:imagenet')
 
 
+def test_a_recipe_is_prepared_without_its_files():
+  """`--blank`, of --mode=compile and dry_run: shapes instead of a teacher."""
+  config = load('cd.py:imagenet64_lpips')
+  config.network.update(SMALLER[config.network.fn])
+  config.objective.distance.resize = 16
+  config.batch_size, config.total_images = 8, 80
+  blank = blanked(checked(config), '16,3,10')
+  run = prepare(blank, sharding.data_mesh(jax.devices()[:1]), blank=True)
+  shapes = jax.eval_shape(lpips.init, jax.random.key(0))
+  assert jax.tree.map(lambda a: a.shape, run.frozen.perceptual) == jax.tree.map(
+    lambda a: a.shape, shapes
+  )
+  assert jax.tree.structure(run.frozen.teacher) == jax.tree.structure(
+    run.abstract_params()
+  )
+  assert run.source.shape == (16, 16, 3)
+  with pytest.raises(core.UserError, match=r'config\.teacher: must be given'):
+    prepare(blank, sharding.data_mesh(jax.devices()[:1]))
+
+
+_TRACED = set()  # the functions of the configs that have been traced
+
+
+def functions(config):
+  """What decides which program is traced: all values but numbers."""
+  values = flat(checked(config)).items()
+  return frozenset((k, v) for k, v in values if not isinstance(v, int | float | tuple))
+
+
 @pytest.mark.parametrize('name', CONFIGS)
-def test_config_can_be_trained(name, stand_ins):
+def test_config_can_be_trained(name, stand_ins, monkeypatch):
+  traced = functions(shrunken(name))
+  if traced in _TRACED and not THOROUGH:  # then everything is built and checked alone
+    monkeypatch.setattr(runtime_run, '_try_abstractly', lambda run: None)
+  _TRACED.add(traced)
   run = prepared(name, stand_ins)
   assert run.config.sample_weights != checkpoint.ONLINE
   assert any(name.endswith('.learning_rate') for name in run.schedules)
@@ -126,16 +200,19 @@ def test_config_can_be_trained(name, stand_ins):
     assert np.all((values >= 0) & np.isfinite(values)), schedule_name
 
 
-@pytest.mark.parametrize('path', FILES, ids=lambda p: p.stem)
-def test_config_takes_two_steps(path, stand_ins):
-  run = prepared(f'{path.name}:digits', stand_ins)
+TAKING = [f'{path.name}:digits' for path in FILES] + STEPPING
+
+
+@pytest.mark.parametrize('name', TAKING)
+def test_config_takes_two_steps(name, stand_ins):
+  run = prepared(name, stand_ins)
   before = train.first_state(run)
   step = jax.jit(
     make_train_step(run.loss, run.tx, run.ema_decays, run.target_decay, seed=0)
   )
   # Two steps: a learning rate that warms up from zero moves nothing in the first.
-  state, first = step(before, run.frozen, batches.batch(run, 0))
-  state, second = step(state, run.frozen, batches.batch(run, 1))
+  state, first = step(before, run.frozen, batch(run, 0))
+  state, second = step(state, run.frozen, batch(run, 1))
   for metrics in (first, second):
     assert np.isfinite(metrics['loss'])
     assert metrics['grad_norm'] > 0

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cmjax import core, oracles, times, weightings
+from cmjax import core, oracles, precond, times, weightings
 from cmjax.objectives import denoise
 
 STD = 0.4
@@ -54,3 +54,31 @@ def test_times_are_lognormal():
   keys = core.streams(jax.random.key(0), 0)
   log_t = np.log(loss(core.Nets(0.0), core.Batch(x0, None), 0, keys).aux['sigma'])
   np.testing.assert_allclose([log_t.mean(), log_t.std()], [-1.2, 1.2], atol=0.04)
+
+
+def test_a_learned_weighting_divides_the_loss_by_its_mean():
+  """Karras et al. 2024, eqs. (15) and (21): the best e^-u is the mean loss."""
+
+  def apply(params, x, c_noise, cond, *, key=None):
+    return jnp.zeros_like(x)
+
+  def log_weight(u, c_noise):
+    return u + 0.0 * c_noise
+
+  plain = precond.edm(core.Network(None, apply))
+  learned = precond.edm(core.Network(None, apply, 1, log_weight))
+  draw = np.random.default_rng(0)
+  x0 = jnp.asarray(draw.normal(size=(64, 3)), jnp.float32)
+  noisy = core.Noisy(1.1 * x0, jnp.full(64, 0.5), None, None)
+  weighting = weightings.edm(sigma_data=0.5)
+
+  def losses(f, u):
+    nets = core.Nets(jnp.float32(u))
+    return denoise.denoising_loss(f, nets, noisy, x0, weighting=weighting).loss
+
+  mean = losses(plain, 0.0) / 3
+  for u in (-0.7, 0.0, 1.3):
+    np.testing.assert_allclose(losses(learned, u), np.exp(u) * mean - u, rtol=1e-5)
+  best = -float(jnp.log(jnp.mean(mean)))
+  slope = jax.grad(lambda u: jnp.mean(losses(learned, u)))(jnp.float32(best))
+  assert abs(slope) < 1e-5  # rounding of a sum of 64 numbers of order one: 1e-6

@@ -220,13 +220,14 @@ def test_the_algebra_loads_jax_and_numpy_alone():
   [p for p in sorted((ROOT / 'configs').glob('[a-z]*.py'))],
   ids=lambda p: p.stem,
 )
-def test_a_config_imports_parts_and_at_most_one_other_config(path):
+def test_a_config_imports_what_is_shared_and_at_most_one_other_config(path):
+  shared = ('parts', 'papers')
   modules = set(imports(path))
   siblings = {name for name in modules if name.startswith('cmjax.configs.')}
   own = {'typing', 'ml_collections', 'cmjax.core'}
-  allowed = own if path.stem == 'parts' else set()
+  allowed = own if path.stem in shared else set()
   assert modules - siblings <= allowed
-  assert len(siblings - {'cmjax.configs.parts'}) <= 1
+  assert len(siblings - {f'cmjax.configs.{name}' for name in shared}) <= 1
 
 
 @each_file

@@ -18,7 +18,7 @@ WHOLE = {
   'embedding': [mlp.mlp],
   'channels': UNETS,
   'head_channels': [adm.adm, edm2.edm2],
-  'dropout_resolution': [edm2.edm2],
+  'dropout_resolution': [adm.adm, edm2.edm2],
   'augment': [songunet.songunet],
 }
 REAL = {

@@ -14,6 +14,7 @@ import jax
 from cmjax.core import UserError, first_line, unused
 from cmjax.runtime import build, logs, results, sharding, topology
 from cmjax.runtime.batches import abstract_batch
+from cmjax.runtime.blank import blanked
 from cmjax.runtime.collectives import Collective, collectives
 from cmjax.runtime.config_json import to_json
 from cmjax.runtime.flops import flops
@@ -39,6 +40,15 @@ class Memory(NamedTuple):
     """The bytes in use at the same time."""
     new = self.outputs - self.aliased
     return self.arguments + new + self.temporaries + self.program
+
+  @property
+  def traffic(self) -> int:
+    """A lower bound on the bytes that a step moves.
+
+    Arguments are read and outputs written at least once, and a temporary value is both
+    written and read.
+    """
+    return self.arguments + self.outputs + 2 * self.temporaries
 
 
 class Report(NamedTuple):
@@ -120,6 +130,7 @@ def facts(run: Run, name: str, effort: int, report: Report) -> dict[str, Any]:
     'usable_of_gib': chip.memory_gib,
     'flops_per_chip': report.flops / run.mesh.size,
     'least_step_s': report.flops / run.mesh.size / chip.flops,
+    'least_memory_s': memory and memory.traffic / chip.bandwidth,
     'collectives': [
       {'kind': kind, 'in_loop': loop, 'operations': len(sizes), 'bytes': sum(sizes)}
       for (kind, loop), sizes in sorted(groups.items())
@@ -184,10 +195,10 @@ def run(flags: argparse.Namespace) -> int:
   if effort not in _LEVELS:
     raise UserError(f'--effort={effort}: must be -1, 0 or 1')
   if flags.blank:
-    config = config.replace(data=_blank(flags.blank))
+    config = blanked(config, flags.blank)
   devices = topology.devices(name)
   mesh = build.build(config.mesh, 'config.mesh', jax.sharding.Mesh, devices=devices)
-  prepared = prepare(config, mesh, trust=flags.trust)
+  prepared = prepare(config, mesh, flags.trust, blank=bool(flags.blank))
   result = facts(prepared, name, effort, compile_step(prepared, effort))
   text = page(result)
   logs.say(text)
@@ -197,14 +208,3 @@ def run(flags: argparse.Namespace) -> int:
     results.write_text(path.with_suffix('.md'), text + '\n')
     logs.say(f'\n{path} and .md')
   return 0 if result['fits'] else 1
-
-
-def _blank(text: str) -> dict[str, object]:
-  """The config of blank images of a size, from `--blank`."""
-  numbers = text.split(',')
-  if len(numbers) != 3 or not all(n.isdecimal() for n in numbers):
-    raise UserError('--blank: must be SIZE,CHANNELS,CLASSES, such as 64,3,1000')
-  size, channels, classes = map(int, numbers)
-  return dict(
-    fn='cmjax.data.blank:blank', size=size, channels=channels, classes=classes
-  )

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from cmjax.runtime import logs, workdir
+from cmjax.runtime.blank import blanked
 from cmjax.runtime.config_json import to_json
 from cmjax.runtime.run import prepare
 from cmjax.runtime.schedules import five_steps
@@ -15,7 +16,9 @@ def run(flags: argparse.Namespace) -> None:
   """Prints the config, the parameters, and every schedule at five steps."""
   folder = workdir.folder(flags.workdir) if flags.workdir else None
   config = workdir.config_for(flags.config, folder, flags.overrides, flags.trust)
-  prepared = prepare(config, trust=flags.trust)
+  if flags.blank:
+    config = blanked(config, flags.blank)
+  prepared = prepare(config, trust=flags.trust, blank=bool(flags.blank))
   total = prepared.total_steps
   rows = []
   for name, schedule in prepared.schedules.items():

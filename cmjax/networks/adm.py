@@ -29,6 +29,7 @@ class _Adm(nn.Module):
   num_blocks: int
   attention_resolutions: tuple[int, ...]
   head_channels: int
+  dropout_resolution: int
   noise_scale: float
   remat: bool
   options: unet.BlockOptions
@@ -42,7 +43,10 @@ class _Adm(nn.Module):
 
     def apply_block(block, x, channels, attends):
       heads = channels // self.head_channels if attends else 0
-      module = unet.residual_block(block, channels, heads, self.options, self.remat)
+      options = self.options
+      if resolution >> block.level > self.dropout_resolution:
+        options = options._replace(dropout=0.0)
+      module = unet.residual_block(block, channels, heads, options, self.remat)
       return module(x, emb, deterministic)
 
     def conv(name, x, channels, kernel_init, bias_init):
@@ -105,6 +109,7 @@ def adm(
   head_channels: int = 64,
   film: bool = True,
   dropout: float = 0.1,
+  dropout_resolution: int = 1024,
   noise_scale: float = 1.0,
   num_times: int = 1,
   log_weight: bool = False,
@@ -123,6 +128,7 @@ def adm(
     film: whether the embedding scales and shifts, as in EDM and OpenAI's ImageNet
       networks, or only shifts, as in OpenAI's for LSUN.
     dropout: dropout rate in the blocks, active only if `apply` gets a key.
+    dropout_resolution: the largest resolution with dropout; 16 in iCT.
     noise_scale: multiplies c_noise before its sinusoids; 1 in EDM, 1000 in OpenAI's.
     num_times: times that condition the network; 2 for flow maps.
     log_weight: whether to add a learned weighting, for objectives that use one.
@@ -157,6 +163,7 @@ def adm(
     dtype=dtype,
   )
   unet.check_heads(channels, head_channels)
+  checks.whole(0, adapter.MAX_WIDTH, dropout_resolution=dropout_resolution)
   checks.choice((False, True), film=film)
   options = unet.BlockOptions(
     epsilon=1e-5,
@@ -176,6 +183,7 @@ def adm(
       num_blocks=num_blocks,
       attention_resolutions=tuple(attention_resolutions),
       head_channels=head_channels,
+      dropout_resolution=dropout_resolution,
       noise_scale=noise_scale,
       remat=remat,
       options=options,

@@ -3,9 +3,12 @@
 The process is variance exploding, x_t = x0 + t z, so t is the noise level sigma.
 """
 
+import jax.numpy as jnp
+
 from cmjax.core import Array, Loss, LossOut, Model, Nets, Noisy, drop_labels
 from cmjax.distances import squared_l2
 from cmjax.objectives.paths import draw_noise, perturb_batch
+from cmjax.precond import Denoiser
 from cmjax.process import VE
 from cmjax.times import Times
 from cmjax.weightings import Weighting
@@ -17,17 +20,28 @@ def denoising_loss(
 ) -> LossOut:
   """w(t) |D(x_t, t) - x0|^2, x0 f32[B, ...].
 
-  Source: Karras et al. 2022 (EDM), eq. (2).
+  With a learned weighting u of the denoiser's network, for x0 of D features, it is
+  e^u(t) w(t) |D(x_t, t) - x0|^2 / D - u(t).
+
+  Source: Karras et al. 2022 (EDM), eq. (2); Karras et al. 2024 (EDM2), eq. (21), where
+    u has the other sign and the loss is D times as large, which Adam does not see.
   """
   x_t, t, cond, key = noisy
   y = f(nets.online, x_t, t, cond, key=key)
-  return LossOut(weighting(t, t) * squared_l2()(y, x0), {'sigma': t})
+  loss = weighting(t, t) * squared_l2()(y, x0)
+  u = f.log_weight(nets.online, t) if isinstance(f, Denoiser) else None
+  if u is not None:
+    loss = jnp.exp(u) * loss / (x0.size / len(x0)) - u
+  return LossOut(loss, {'sigma': t})
 
 
 def edm(
   f: Model, *, times: Times, sigma_data: float = 0.5, label_dropout: float = 0.0
 ) -> Loss:
   """Denoising score matching with the weighting of EDM.
+
+  The weighting is learned in addition if the network of `precond.edm` has a
+  `log_weight`, as in EDM2.
 
   Labels are dropped with probability `label_dropout`, as guidance requires. For a
   model of `precond.trigflow` this is the TrigFlow diffusion loss, up to a factor

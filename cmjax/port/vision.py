@@ -98,6 +98,15 @@ def load_lpips(vgg: str, heads: str) -> Perceptual:
   return Perceptual({'vgg16': vgg16, 'heads': heads_params(_load(heads, HEADS_FILE))})
 
 
+def blank_lpips() -> Perceptual:
+  """Zeros in the shapes of `load_lpips`, for compiling a step without its files."""
+
+  def zeros(a):
+    return np.broadcast_to(np.zeros((), a.dtype), a.shape)  # takes no memory
+
+  return Perceptual(jax.tree.map(zeros, _shapes(lpips.init)))
+
+
 def load_inception(path: str) -> Params:
   """The parameters of `inception` from pytorch-fid's file.
 

@@ -29,7 +29,7 @@ def shipped() -> dict[str, str]:
   """The first docstring line of each config that ships with cmjax, by name."""
   lines = {}
   for path in sorted(_shipped_folder().glob('[a-z]*.py')):
-    if path.stem != 'parts':
+    if path.stem not in ('parts', 'papers'):
       text = path.read_text(encoding='utf-8')
       lines[path.stem] = (ast.get_docstring(ast.parse(text)) or '').partition('\n')[0]
   return lines

@@ -9,7 +9,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 
 from ml_collections import ConfigDict
 
-from cmjax.configs import parts
+from cmjax.configs import papers, parts
 from cmjax.core import UserError
 from cmjax.runtime import build
 from cmjax.runtime.errors import user_errors
@@ -222,7 +222,15 @@ def require(config: Config) -> None:
 
 def data_of(name: str) -> tuple[str, ...]:
   """The data sets that a config that ships takes, as in `NAME:DATA`."""
-  return parts.DATA + parts.MORE_DATA.get(name, ())
+  more = [recipe.partition(':')[2] for recipe in recipes_of(name)]
+  more += parts.MORE_DATA.get(name, ())
+  return tuple(dict.fromkeys((*parts.DATA, *more)))
+
+
+def recipes_of(name: str) -> dict[str, str]:
+  """The recipes of papers that a config has, `NAME:DATA`, with their published FID."""
+  recipes = papers.RECIPES.items()
+  return {key: recipe.fid for key, recipe in recipes if key.startswith(f'{name}:')}
 
 
 def flat(config: ConfigDict | Config) -> dict[str, Any]:

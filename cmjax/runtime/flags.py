@@ -162,6 +162,7 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
   cache = f'folder of compiled programs (default: {CACHE}; empty: none)'
   add('compilation_cache', metavar='DIR', help=cache)
   text('topology', 'CHIPS', 'with --mode=compile: the TPUs, such as v5e:16x16')
-  text('blank', 'SIZE,CHANNELS,CLASSES', 'with --mode=compile: instead of config.data')
+  blank = 'with --mode=compile and dry_run: instead of files that must be given'
+  text('blank', 'SIZE,CHANNELS,CLASSES', blank)
   number('effort', -1, 'with --mode=compile: -1 least, 0 as in a run, 1 most')
   return parser, names

@@ -26,6 +26,7 @@ from cmjax.core import (
 from cmjax.data.source import Source, check_batch, first_row, metadata
 from cmjax.fields import Reference
 from cmjax.runtime import checkpoint, logs, pretrained, sharding, snapshots, tracking
+from cmjax.runtime.blank import blank_teacher
 from cmjax.runtime.build import build, build_each, build_model, is_part, path_of
 from cmjax.runtime.config_json import to_json
 from cmjax.runtime.config_record import REQUIRED, Config, ConfigDict, checked
@@ -107,6 +108,7 @@ def prepare(
   config: Config | ConfigDict,
   mesh: Mesh | None = None,
   trust: Iterable[str] = (),
+  blank: bool = False,
 ) -> Run:
   """Builds every part of a config, and reads its data and its teacher.
 
@@ -114,6 +116,8 @@ def prepare(
     config: checked first if it is a ConfigDict.
     mesh: the device mesh; that of `config.mesh` if None.
     trust: packages whose functions the config of a teacher may name.
+    blank: of a teacher that must be given and is not, use the shapes alone; such a run
+      can be compiled but not trained.
 
   Raises: UserError naming the key that is wrong, and what it may be.
   """
@@ -158,7 +162,7 @@ def prepare(
   network, f = build_model(config)
   source = build(config.data, 'config.data', Source)
   check_batch(source, config.batch_size)
-  loss, frozen, teacher = build_objective(config, mesh, source, f, trust)
+  loss, frozen, teacher = build_objective(config, mesh, source, f, trust, blank)
   run = Run(
     config=config,
     mesh=mesh,
@@ -184,6 +188,7 @@ def build_objective(
   source: Source,
   f: Model,
   trust: Iterable[str],
+  blank: bool = False,
 ) -> tuple[Loss, Frozen, Model | None]:
   """The objective, its frozen parameters, and the model of its teacher.
 
@@ -196,9 +201,12 @@ def build_objective(
       raise UserError(
         f'config.teacher: {config.objective.fn} takes no teacher; leave it empty'
       )
-    if config.teacher == REQUIRED:
+    if config.teacher == REQUIRED and blank:
+      teacher = blank_teacher(config, mesh, source)
+    elif config.teacher == REQUIRED:
       raise UserError('config.teacher: must be given, as in --config.teacher=VALUE')
-    teacher = pretrained.load(config.teacher, trust=trust, mesh=mesh, say=logs.say)
+    else:
+      teacher = pretrained.load(config.teacher, trust=trust, mesh=mesh, say=logs.say)
     check_fits(config.teacher, teacher, source)
     _check_guidance(config, teacher)
     given = given | {'teacher': teacher.f}

@@ -23,15 +23,17 @@ class Chip(NamedTuple):
   memory_gib: float
   usable_gib: float  # available to a program
   flops: float  # peak FLOP/s in bfloat16
+  bandwidth: float  # of the memory, bytes/s
 
 
-# Source: memory: cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e; available memory:
-# errors of the compiler of libtpu 0.0.42 for programs that do not fit.
+# Source: memory and bandwidth: cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e;
+# available memory: errors of the compiler of libtpu 0.0.42 for programs that do not
+# fit.
 CHIPS = {
-  'v4': Chip(32, 30.75, PEAKS['TPU v4']),
-  'v5e': Chip(16, 15.75, PEAKS['TPU v5 lite']),
-  'v5p': Chip(95, 95.74, PEAKS['TPU v5']),
-  'v6e': Chip(32, 31.25, PEAKS['TPU v6 lite']),
+  'v4': Chip(32, 30.75, PEAKS['TPU v4'], 1200e9),
+  'v5e': Chip(16, 15.75, PEAKS['TPU v5 lite'], 819e9),
+  'v5p': Chip(95, 95.74, PEAKS['TPU v5'], 2765e9),
+  'v6e': Chip(32, 31.25, PEAKS['TPU v6 lite'], 1638e9),
 }
 
 # Read by libtpu when it is loaded. As no TPU is used, it needs neither the metadata
