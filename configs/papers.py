@@ -105,11 +105,13 @@ def on(data: str) -> parts.Config:
     return parts.on(data)
   c = parts.on('cifar10')
   if data == 'ffhq64':
-    c.data, c.network = parts.images(), parts.ddpmpp(0.0, channel_mult=(1, 2, 2, 2))
+    c.data = parts.images(64, '')
+    c.network = parts.ddpmpp(0.0, channel_mult=(1, 2, 2, 2))
   elif data == 'imagenet64':
     c.data, c.network = parts.imagenet64(flip=True), parts.adm()
   else:
-    c.data, c.network, c.accumulate = parts.images(), parts.adm_lsun(), 2
+    c.data, c.network = parts.images(256, 'lsun'), parts.adm_lsun()
+    c.accumulate = 2
   c.network.update(dtype='bfloat16', remat=True)
   c.mesh.fsdp = True
   return c

@@ -177,10 +177,15 @@ def imagenet64(flip: bool = False) -> dict:
   )
 
 
-def images(flip: bool = True) -> dict:
-  """Images without labels, as an archive or a folder that must be given."""
+def images(size: int, crop: str, flip: bool = True) -> dict:
+  """Images without labels, as a folder or a zip file that must be given."""
   return dict(
-    fn='cmjax.data.files:from_path', path=REQUIRED, conditional=False, flip=flip
+    fn='cmjax.data.files:from_path',
+    path=REQUIRED,
+    conditional=False,
+    flip=flip,
+    size=size,
+    crop=crop,
   )
 
 
