@@ -10,7 +10,7 @@ import numpy as np
 
 from cmjax import samplers, sampling, train
 from cmjax.modes import bench
-from cmjax.runtime import sharding
+from cmjax.runtime import batches, sharding
 from cmjax.runtime.config import read
 from cmjax.runtime.config_record import ConfigDict
 from cmjax.runtime.run import prepare
@@ -31,7 +31,7 @@ def build(task: dict[str, Any]) -> dict[str, Any]:
   sampler, step = samplers.one_step(), itertools.count()
 
   def steps(calls):
-    stepper.loop(calls, lambda _: train.batch(run, next(step)))
+    stepper.loop(calls, lambda _: batches.batch(run, next(step)))
 
   def sample(calls):
     params = weights(stepper.state, 'slow')
