@@ -243,10 +243,8 @@ def load_weights(
   """
   if Path(path).is_file():
     file = _open_file(path, '', ())
-    missing = {
-      k for k, setting in _MAY_BE_NEW.items() if not file.plan.network.get(setting)
-    }
-    stored = {k: v for k, v in like.items() if k not in missing}
+    has, of = file.plan.network, _MAY_BE_NEW
+    stored = {k: v for k, v in like.items() if k not in of or has.get(of[k])}
     params, _ = _placed(file.plan, stored, path, say)
     return _with_zeros(params, like), file.config
 
