@@ -17,16 +17,17 @@ from cmjax.configs import parts
 def get_config(data='digits'):
   c = parts.on(data)
   c.precond = parts.edm_precond()
+  of_images = dict(augmentation=parts.augmentation(0.12)) if data == 'cifar10' else {}
   c.objective = dict(
     fn='cmjax.objectives.denoise:edm',
     times=parts.lognormal(-1.2, 1.2),
     sigma_data=0.5,
     label_dropout=0.0,
+    **of_images,
   )
   if data == 'cifar10':
     c.data = parts.cifar10(flip=False)  # the augmentation does
     c.network.update(dropout=0.13, augment=9)
-    c.objective.augmentation = parts.augmentation(0.12)
     c.total_images = 200_000_000
     c.optimizer = parts.adam(parts.warmup(1e-3, warmup_images=10_000_000))
     c.ema = dict(slow=parts.half_life(500_000, rampup_ratio=0.05))
