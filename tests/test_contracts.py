@@ -46,6 +46,14 @@ SQUARED = dict(distance=distances.squared_l2(), weighting=weightings.uniform())
 WARM = schedules.constant(value=0.5)
 
 
+def flips(key, x0):
+  """The flips of an augmentation, which do not change an image of one value."""
+  drawn = augmentation.draw(key, len(x0), 0.5)
+  still = ('scale', 'angle', 'stretch', 'shift')
+  zeros = {name: jax.numpy.zeros_like(getattr(drawn, name)) for name in still}
+  return augmentation.transform(drawn._replace(**zeros), x0)
+
+
 def of_augmented(f):
   """The model, whose last column of labels the labels of an augmentation change."""
 
@@ -60,7 +68,7 @@ def of_augmented(f):
 OBJECTIVES = {
   'denoise:edm': lambda f, draws: denoise.edm(f, times=draws.times, label_dropout=0.2),
   'denoise:edm with augmentation': lambda f, draws: denoise.edm(
-    of_augmented(f), times=draws.times, augmentation=augmentation.edm(p=0.5)
+    of_augmented(f), times=draws.times, augmentation=flips
   ),
   'consistency:ect': lambda f, draws: consistency.ect(
     f, times=draws.times, relative_gap=draws.relative_gap, **METRIC
