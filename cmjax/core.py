@@ -104,7 +104,10 @@ class Network(NamedTuple):
   log_weight: Callable[..., Array] | None = None
 
 
-LOG_WEIGHT = 'log_weight'  # key of the learned weighting in the network's parameters
+# Keys of the network's parameters: the learned weighting, and the layer that takes
+# the labels of an augmentation.
+LOG_WEIGHT = 'log_weight'
+MAP_AUGMENT = 'map_augment'
 
 
 class Model(Protocol):
@@ -138,7 +141,7 @@ class Loss(Protocol):
 
 
 # Names of the random keys of a step.
-STREAMS = ('time', 'noise', 'dropout', 'label')
+STREAMS = ('time', 'noise', 'dropout', 'label', 'augmentation')
 
 
 def streams(root: Key, step: Array | int) -> dict[str, Key]:

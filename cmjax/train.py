@@ -83,7 +83,8 @@ def compiled_step(run: Run) -> jax.stages.Wrapped:
   """The jitted training step of a run, a `Step` that donates the state."""
   decays = run.ema_decays, run.target_decay
   seed, accumulate = run.config.seed, run.config.accumulate
-  step = make_train_step(run.loss, run.tx, *decays, seed, accumulate)
+  on_cpu = run.mesh.devices.flat[0].platform == 'cpu'
+  step = make_train_step(run.loss, run.tx, *decays, seed, accumulate, unroll=on_cpu)
   shardings = shardings_of_state(run), sharding.replicated(run.mesh)
   return jax.jit(step, donate_argnums=0, out_shardings=shardings)
 

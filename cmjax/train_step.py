@@ -30,11 +30,15 @@ def make_train_step(
   target_decay: Schedule | None,
   seed: int,
   accumulate: int = 1,
+  *,
+  unroll: bool = False,
 ) -> Step:
   """One optimiser step on the global batch: gradient, update, averages and metrics.
 
   The gradient is the mean over `accumulate` parts of the batch, which are processed in
-  sequence with independent random keys.
+  sequence with independent random keys: in a compiled loop or, with `unroll`, one after
+  the other, which takes longer to compile. On CPUs, XLA runs gradients of convolutions
+  in a compiled loop about ten times slower.
 
   A step with a loss, gradient or update that is not finite is skipped: it changes
   nothing but the step number, and its metric `skipped` is 1. All metrics are f32[];
@@ -50,7 +54,10 @@ def make_train_step(
       return jnp.mean(out.loss), out
 
     keys = streams(root, state.step)
-    gradient, out = _gradient(mean_loss, accumulate, state.params, batch, keys)
+    gradient_of = jax.grad(mean_loss, has_aux=True)
+    if accumulate > 1:
+      gradient_of = _in_parts(gradient_of, accumulate, unroll)
+    gradient, out = gradient_of(state.params, batch, keys)
     mean = jnp.mean(out.loss)
     norm = optax.tree.norm(gradient)
     updates, opt_state = tx.update(gradient, state.opt_state, state.params)
@@ -69,31 +76,30 @@ def make_train_step(
   return train_step
 
 
-def _gradient(
-  mean_loss: Callable[..., tuple[Array, LossOut]],
-  num_parts: int,
-  params: Params,
-  batch: Batch,
-  keys: Mapping[str, Key],
-) -> tuple[Params, LossOut]:
+Gradient = Callable[[Params, Batch, Mapping[str, Key]], tuple[Params, LossOut]]
+
+
+def _in_parts(gradient_of: Gradient, num_parts: int, unroll: bool) -> Gradient:
   """The mean gradient over the parts of a batch, and the loss of each example."""
-  gradient_of = jax.grad(mean_loss, has_aux=True)
-  if num_parts == 1:
-    return gradient_of(params, batch, keys)
 
-  def add_part(total, indexed):
-    i, part = indexed
-    part_keys = {name: jax.random.fold_in(key, i) for name, key in keys.items()}
-    gradient, out = gradient_of(params, part, part_keys)
-    return jax.tree.map(lambda a, b: a + b / num_parts, total, gradient), out
+  def in_parts(params, batch, keys):
+    def add_part(total, indexed):
+      i, part = indexed
+      if unroll:  # otherwise, all parts may be in memory at the same time
+        total, part = jax.lax.optimization_barrier((total, part))
+      part_keys = {name: jax.random.fold_in(key, i) for name, key in keys.items()}
+      gradient, out = gradient_of(params, part, part_keys)
+      return jax.tree.map(lambda a, b: a + b / num_parts, total, gradient), out
 
-  def split(a):  # row r of part i is row r * num_parts + i: no row changes its device
-    return jnp.swapaxes(jnp.reshape(a, (-1, num_parts, *a.shape[1:])), 0, 1)
+    def split(a):  # row r of part i is row r * num_parts + i: no row changes its device
+      return jnp.swapaxes(jnp.reshape(a, (-1, num_parts, *a.shape[1:])), 0, 1)
 
-  zeros = jax.tree.map(jnp.zeros_like, params)
-  parts = (jnp.arange(num_parts), jax.tree.map(split, batch))
-  gradient, out = jax.lax.scan(add_part, zeros, parts)
-  return gradient, jax.tree.map(lambda a: jnp.reshape(a.T, -1), out)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    parts = (jnp.arange(num_parts), jax.tree.map(split, batch))
+    gradient, out = jax.lax.scan(add_part, zeros, parts, unroll=unroll)
+    return gradient, jax.tree.map(lambda a: jnp.reshape(a.T, -1), out)
+
+  return in_parts
 
 
 def averages(

@@ -11,13 +11,13 @@ Source:    objective, sampler and noise levels of Karras et al. 2022, table 1; c
            table 3 and appendix C, openai/consistency_models `launch.sh`; imagenet64_s
            to _xl: NVlabs/edm2 `train_edm2.py`; toy2d, digits: network, optimiser,
            length cmjax choice
-Differs:   cifar10 and ffhq64: horizontal flips only, without the augmentation pipeline
-           (12 % and 15 %); cifar10_ncsnpp is the teacher of Song et al. 2023, whose EMA
-           has no ramp-up; imagenet64: TFDS's images; EDM2: noise levels of EDM's
+Differs:   cifar10, ffhq64: images are reflected over their whole width before
+           augmentation; cifar10_ncsnpp, without augmentation, is the teacher of Song et
+           al. 2023, whose EMA has no ramp-up; imagenet64: TFDS's images; EDM2: EDM's
            weighting times the learned one, and bfloat16
 Expected:  digits: pixel Frechet distance <= 0.12, label agreement >= 0.98; FID: cifar10
-           1.97 and cifar10_cond 1.79 with augmentation, cifar10_ncsnpp 2.04, at 35
-           evaluations; imagenet64 1.36 at 511; lsun_bedroom256 3.57, lsun_cat256 6.69
+           1.97, cifar10_cond 1.79, cifar10_ncsnpp 2.04, at 35 evaluations;
+           imagenet64 1.36 at 511; lsun_bedroom256 3.57, lsun_cat256 6.69
            at 79; imagenet64_s 1.58, _m 1.43, _l 1.33, _xl 1.33 at 63, with EMAs of
            width 0.075, 0.06, 0.04, 0.04 (--config.sample_relative_std)
 Measured:  digits: 0.095 and 0.991 at 35 evaluations (README.md, "Quick start"); 2.04
@@ -38,7 +38,8 @@ def get_config(data='digits'):
   if variant == 'cond':
     c.data.conditional = True
   if variant == 'ncsnpp':
-    c.network = parts.ncsnpp(dropout=0.13)
+    c.network, c.data.flip = parts.ncsnpp(dropout=0.13), True
+    del c.objective.augmentation
   c.precond = parts.edm_precond()
   c.samplers.one_step = parts.one_step()
   c.studies.likelihood = parts.likelihood(data)
@@ -55,11 +56,11 @@ def _objective(mean, std):
 
 
 # NVlabs/edm: batch size, millions of images, learning rate, dropout, half-life of the
-# EMA in images, steps of the sampler.
+# EMA in images, probability of augmentation, steps of the sampler.
 _EDM = {
-  'cifar10': (512, 200, 1e-3, 0.13, 500_000, 18),
-  'ffhq64': (256, 200, 2e-4, 0.05, 500_000, 40),
-  'imagenet64': (4096, 2500, 1e-4, 0.1, 50_000_000, 256),
+  'cifar10': (512, 200, 1e-3, 0.13, 500_000, 0.12, 18),
+  'ffhq64': (256, 200, 2e-4, 0.05, 500_000, 0.15, 40),
+  'imagenet64': (4096, 2500, 1e-4, 0.1, 50_000_000, 0.0, 256),
 }
 
 
@@ -72,9 +73,13 @@ def _edm(data):
     c.optimizer = parts.adam(parts.cosine(1e-3))
     c.ema = dict(slow=parts.constant(0.998))
     return c
-  c.batch_size, millions, rate, c.network.dropout, half_life, steps = _EDM[data]
+  c.batch_size, millions, rate, dropout, half_life, p, steps = _EDM[data]
+  c.network.dropout = dropout
   c.total_images = millions * 1_000_000
-  c.data.flip = data != 'imagenet64'
+  c.data.flip = False  # the augmentation does
+  if p:
+    c.network.augment = 9
+    c.objective = _objective(-1.2, 1.2) | dict(augmentation=parts.augmentation(p))
   c.optimizer = parts.adam(parts.warmup(rate, warmup_images=10_000_000))
   c.ema = dict(slow=parts.half_life(half_life, rampup_ratio=0.05))
   c.samplers = dict(heun=parts.heun(steps))

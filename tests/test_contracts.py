@@ -7,9 +7,11 @@ import functools
 import importlib
 import inspect
 
+import jax
 import pytest
 
 from cmjax import (
+  augmentation,
   contract_networks,
   contract_objectives,
   contract_samplers,
@@ -43,9 +45,31 @@ METRIC = dict(
 SQUARED = dict(distance=distances.squared_l2(), weighting=weightings.uniform())
 WARM = schedules.constant(value=0.5)
 
+
+def flips(key, x0):
+  """The flips of an augmentation, which do not change an image of one value."""
+  drawn = augmentation.draw(key, len(x0), 0.5)
+  still = ('scale', 'angle', 'stretch', 'shift')
+  zeros = {name: jax.numpy.zeros_like(getattr(drawn, name)) for name in still}
+  return augmentation.transform(drawn._replace(**zeros), x0)
+
+
+def of_augmented(f):
+  """The model, whose last column of labels the labels of an augmentation change."""
+
+  def model(params, x, sigma, cond, /, *, key=None):
+    labels = cond[:, :-9].at[:, -1].add(jax.numpy.sum(cond[:, -9:], axis=1))
+    return f(params, x, sigma, labels, key=key)
+
+  return model
+
+
 # name: how to build it from a model f, which is also the teacher, and from draws
 OBJECTIVES = {
   'denoise:edm': lambda f, draws: denoise.edm(f, times=draws.times, label_dropout=0.2),
+  'denoise:edm with augmentation': lambda f, draws: denoise.edm(
+    of_augmented(f), times=draws.times, augmentation=flips
+  ),
   'consistency:ect': lambda f, draws: consistency.ect(
     f, times=draws.times, relative_gap=draws.relative_gap, **METRIC
   ),
@@ -166,7 +190,7 @@ def folder_members(folder, returns):
 
 
 def test_every_member_has_a_row():
-  assert folder_members('objectives', core.Loss) == set(OBJECTIVES)
+  assert folder_members('objectives', core.Loss) == {n.split()[0] for n in OBJECTIVES}
   assert folder_members('networks', core.Network) == {n.split()[0] for n in NETWORKS}
   assert public_functions(precond, core.Model) == set(PRECONDITIONERS)
   of_samplers = (samplers, diffusion_samplers, guidance)

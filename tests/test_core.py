@@ -26,7 +26,7 @@ def test_streams_differ_by_name_step_and_root():
 def test_streams_are_equal_for_equal_step_traced_or_not():
   plain = core.streams(jax.random.key(0), 5)
   traced = jax.jit(core.streams)(jax.random.key(0), jnp.int32(5))
-  assert set(plain) == {'time', 'noise', 'dropout', 'label'}
+  assert set(plain) == {'time', 'noise', 'dropout', 'label', 'augmentation'}
   assert bits(plain) == bits(traced) == bits(core.streams(jax.random.key(0), 5))
 
 

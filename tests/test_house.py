@@ -18,7 +18,7 @@ FLOORS = {
   'methods': [
     *('objectives.*', 'networks.*', 'metrics.*', 'studies.*'),
     *('samplers', 'diffusion_samplers', 'guidance', 'oracles', 'optimizers'),
-    *('ema', 'likelihood', 'search', 'editing', 'inversion'),
+    *('ema', 'likelihood', 'search', 'editing', 'inversion', 'augmentation'),
     *('contracts', 'contract_networks', 'contract_objectives', 'contract_parts'),
     'contract_samplers',
   ],

@@ -185,7 +185,7 @@ def test_augmentation_is_an_input(tmp_path, one_device):
   augmented = [np.concatenate([cond, np.full((2, 9), v, 'f4')], axis=1) for v in (0, 1)]
   np.testing.assert_array_equal(model.f(model.params, x, sigma, augmented[0]), plain)
   assert relative(model.f(model.params, x, sigma, augmented[1]), plain) > 1e-3
-  with pytest.raises(ValueError, match='5 columns of labels, or 9 more'):
+  with pytest.raises(ValueError, match='5 columns of labels, and may have 9 more'):
     model.f(model.params, x, sigma, augmented[0][:, :8])
 
 

@@ -317,5 +317,5 @@ def test_a_snapshot_has_only_its_own_weights(trained):
   told = refusal(pretrained.load, at, weights='slow')
   assert "no weights 'slow'; choose from power_050, power_100" in told
   assert 'no checkpoints' in refusal(pretrained.load, workdir / 'snapshots' / '25')
-  told = refusal(pretrained.check_there, workdir / 'snapshots' / '25', 'config.teacher')
+  told = refusal(checkpoint.check_there, workdir / 'snapshots' / '25', 'config.teacher')
   assert told.startswith('config.teacher: ')

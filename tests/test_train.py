@@ -349,11 +349,12 @@ def test_split_state_takes_an_eighth_of_the_memory():
   assert bytes_a_device(state) <= (1 / 8 + 0.02) * whole
 
 
-def test_a_batch_in_parts_has_the_gradient_of_the_whole():
+@pytest.mark.parametrize('unroll', [False, True])
+def test_a_batch_in_parts_has_the_gradient_of_the_whole(unroll):
   batch = core.Batch(jnp.arange(24.0).reshape(8, 3) / 10, None, jnp.arange(8))
   whole, parts = (
-    make_train_step(linear_loss, optax.sgd(0.1), {}, None, 0, accumulate=n)
-    for n in (1, 4)
+    make_train_step(linear_loss, optax.sgd(0.1), {}, None, 0, accumulate=n, unroll=way)
+    for n, way in ((1, False), (4, unroll))
   )
   state = init_state(jnp.ones(3), optax.sgd(0.1).init(jnp.ones(3)), (), False)
   (a, seen), (b, seen_in_parts) = (

@@ -95,7 +95,25 @@ def check_settings(
   checks.choice(DTYPES, dtype=dtype)
 
 
-def check_labels(module: nn.Module, cond: Array | None, layer: str) -> None:
-  """Raises ValueError if cond is None but `layer` has parameters for labels."""
-  if cond is None and module.has_variable('params', layer):
+def check_labels(
+  module: nn.Module, cond: Array | None, layer: str, augment: int = 0
+) -> int:
+  """The number of classes: columns of cond that `layer` has parameters for.
+
+  Raises: ValueError unless cond has that many, or `augment` more.
+  """
+  width = 0 if cond is None else cond.shape[-1]
+  if module.is_initializing():
+    return width
+  classes = 0
+  if module.has_variable('params', layer):
+    (kernel,) = (a for a in module.get_variable('params', layer).values() if a.ndim > 1)
+    classes = kernel.shape[-2]
+  if cond is None and classes:
     raise ValueError('cond is None, but this network was trained with labels')
+  if width not in (classes, classes + augment):
+    raise ValueError(
+      f'cond must have {classes} columns of labels, and may have {augment} more of an '
+      f'augmentation, which `augment` of the network sets; got {width}'
+    )
+  return classes

@@ -68,6 +68,8 @@ class _Linear(nn.Module):
     weight = _scaled(weight, gain, x.dtype)
     if not self.kernel:
       return jnp.matmul(x, weight)
+    if self.kernel == (1, 1):
+      return unet.pointwise(x, weight)
     layout = ('NHWC', 'HWIO', 'NHWC')
     return jax.lax.conv_general_dilated(
       x, weight, (1, 1), 'SAME', dimension_numbers=layout

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from cmjax import checks
-from cmjax.core import Network
+from cmjax.core import MAP_AUGMENT, Network
 from cmjax.networks import adapter, embeddings, unet
 
 
@@ -100,7 +100,7 @@ class _SongUNet(nn.Module):
     return x + bias.astype(x.dtype)[None, None, None, :]
 
   def _embed(self, c_noise, cond):
-    adapter.check_labels(self, cond, 'map_label')
+    classes = adapter.check_labels(self, cond, 'map_label', self.augment)
     c_noise = self.noise_scale * c_noise
     if self.embedding == 'positional':
       emb = embeddings.positional(c_noise, self.channels)
@@ -112,35 +112,17 @@ class _SongUNet(nn.Module):
     def dense(name, x, channels, bias=True):
       return nn.Dense(channels, bias, kernel_init=_INITS.kernel, name=name)(x)
 
-    labels, augmentation = self._labels_and_augmentation(cond, len(c_noise))
-    if labels is not None:
-      scaled = labels * labels.shape[-1] ** 0.5
+    if classes:
+      scaled = cond[:, :classes] * classes**0.5
       emb += dense('map_label', scaled, emb.shape[-1])
-    if augmentation is not None:
-      emb += dense('map_augment', augmentation, emb.shape[-1], bias=False)
+    if self.augment:  # columns that are missing are zeros
+      augmentation = jnp.zeros((len(c_noise), self.augment))
+      if cond is not None and cond.shape[-1] > classes:
+        augmentation = cond[:, classes:]
+      emb += dense(MAP_AUGMENT, augmentation, emb.shape[-1], bias=False)
     for name in ('map_layer0', 'map_layer1'):
       emb = nn.silu(dense(name, emb, 4 * self.channels))
     return emb
-
-  def _labels_and_augmentation(self, cond, batch_size):
-    """Splits cond; augmentation columns that are missing are zeros."""
-    if not self.augment:
-      return cond, None
-    zeros = jnp.zeros((batch_size, self.augment))
-    if self.is_initializing():
-      return cond, zeros
-    classes = 0
-    if self.has_variable('params', 'map_label'):
-      classes = self.get_variable('params', 'map_label')['kernel'].shape[0]
-    width = 0 if cond is None else cond.shape[-1]
-    if cond is None or width == classes:
-      return cond, zeros
-    if width != classes + self.augment:
-      raise ValueError(
-        f'cond must have {classes} columns of labels, or {self.augment} more for the '
-        f'augmentation; got {width}'
-      )
-    return (cond[:, :classes] if classes else None), cond[:, classes:]
 
 
 def songunet(

@@ -50,6 +50,16 @@ def depthwise(x: Array, mode: str, taps: tuple[int, ...], padding: int) -> Array
   )
 
 
+def pointwise(x: Array, kernel: Array, *args: Any, **kwargs: Any) -> Array:
+  """A 1x1 convolution f32[B, H, W, C] -> f32[B, H, W, D] as a matrix product.
+
+  On CPUs, its gradient takes half as long as that of `conv_general_dilated`, whose
+  other arguments are not used, and of a product that is not of two matrices.
+  """
+  product = jnp.matmul(jnp.reshape(x, (-1, x.shape[-1])), kernel[0, 0])
+  return jnp.reshape(product, (*x.shape[:-1], -1))
+
+
 class Block(NamedTuple):
   """The name and position of one block of a U-Net."""
 
@@ -194,6 +204,7 @@ class ResidualBlock(nn.Module):
         if zero_bias
         else inits.bias(kernel**2 * x.shape[-1])
       ),
+      conv_general_dilated=pointwise if kernel == 1 else None,
       name=name,
     )(x)
 

@@ -5,6 +5,7 @@ The process is variance exploding, x_t = x0 + t z, so t is the noise level sigma
 
 import jax.numpy as jnp
 
+from cmjax.augmentation import Augmentation
 from cmjax.core import Array, Loss, LossOut, Model, Nets, Noisy, drop_labels
 from cmjax.distances import squared_l2
 from cmjax.objectives.paths import draw_noise, perturb_batch
@@ -36,16 +37,21 @@ def denoising_loss(
 
 
 def edm(
-  f: Model, *, times: Times, sigma_data: float = 0.5, label_dropout: float = 0.0
+  f: Model,
+  *,
+  times: Times,
+  sigma_data: float = 0.5,
+  label_dropout: float = 0.0,
+  augmentation: Augmentation | None = None,
 ) -> Loss:
   """Denoising score matching with the weighting of EDM.
 
   The weighting is learned in addition if the network of `precond.edm` has a
   `log_weight`, as in EDM2.
 
-  Labels are dropped with probability `label_dropout`, as guidance requires. For a
-  model of `precond.trigflow` this is the TrigFlow diffusion loss, up to a factor
-  sigma_data^2.
+  Labels are dropped with probability `label_dropout`, as guidance requires. The labels
+  of an `augmentation` follow those of the classes as columns of cond. For a model of
+  `precond.trigflow` this is the TrigFlow diffusion loss, up to a factor sigma_data^2.
 
   Raises: ValueError unless sigma_data > 0 and 0 <= label_dropout < 1, or if
     label_dropout > 0 and there are no labels.
@@ -60,7 +66,11 @@ def edm(
     t = times(keys['time'], len(batch.x0))
     z = draw_noise(keys, batch)
     cond = drop_labels(batch.cond, keys['label'], label_dropout)
-    noisy = perturb_batch(VE, batch._replace(cond=cond), z, t, keys)
-    return denoising_loss(f, nets, noisy, batch.x0, weighting=weighting)
+    x0 = batch.x0
+    if augmentation is not None:
+      x0, labels = augmentation(keys['augmentation'], x0)
+      cond = labels if cond is None else jnp.concatenate([cond, labels], axis=1)
+    noisy = perturb_batch(VE, batch._replace(x0=x0, cond=cond), z, t, keys)
+    return denoising_loss(f, nets, noisy, x0, weighting=weighting)
 
   return loss

@@ -161,7 +161,7 @@ def _value(
     # optax annotates optimisers and schedules with its own types.
     inner = OPTAX_PARTS if path.startswith('optax') else annotation
     return build(value, where, None if is_silent(inner) else inner, **given)
-  if _is_function(annotation):
+  if value is not None and any(map(_is_function, members_of(annotation))):
     raise UserError(f"{where}: needs fn='package.module:function', got {value!r}")
   check_value(value, annotation, where)
   if path.startswith('optax'):

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 import orbax.checkpoint as ocp
 
 from cmjax.core import Params, TrainState, UserError, first_line, unused
-from cmjax.runtime import checksums, paths, storage
+from cmjax.runtime import matching, paths, storage
 
 T = TypeVar('T')
 
@@ -176,6 +176,13 @@ def any_in(workdir: str | Path) -> bool:
   return bool(storage.steps_in(paths.path(workdir) / storage.CHECKPOINTS))
 
 
+def check_there(path: str | Path, where: str) -> None:
+  """Raises UserError, naming the key `where`, if there are no weights to load."""
+  path = paths.path(path)
+  if not (paths.is_file(path) or storage.is_step(path) or any_in(path)):
+    raise UserError(f'{where}: {path}: no checkpoints; is it the --workdir of a run?')
+
+
 def is_run(path: str | Path) -> bool:
   """Whether the checkpoints hold an optimiser state, so that training can resume.
 
@@ -222,7 +229,11 @@ def read_meta(path: str | Path) -> dict[str, Any]:
 
 
 def read_weights(
-  path: str | Path, step: int, name: str, like: Params, optional: str = ''
+  path: str | Path,
+  step: int,
+  name: str,
+  like: Params,
+  may_differ: matching.MayDiffer = matching.SAME,
 ) -> Params:
   """One set of weights, in the shapes and shardings of `like`.
 
@@ -231,7 +242,7 @@ def read_weights(
     step: which checkpoint.
     name: `online`, `target` or the name of an EMA.
     like: the abstract parameters.
-    optional: a top-level entry of `like`, left out if the checkpoint does not have it.
+    may_differ: entries that are left out if only one of the two has them.
 
   Raises: UserError if the checkpoint has no such weights, or those of another network,
     naming the first parameter that differs; ValueError if a checksum differs, or
@@ -247,29 +258,9 @@ def read_weights(
     names += sorted(i.removeprefix('ema.') for i in records if i.startswith('ema.'))
     raise UserError(f'{path}: no weights {name!r}; choose from {", ".join(names)}')
   saved = records[item]
-  if optional and not any(key.split('/')[0] == optional for key in saved):
-    like = {key: value for key, value in like.items() if key != optional}
-  _check_network(path, saved, like)
-  return storage.read(folder, step, {item: like}).items[item]
-
-
-def _check_network(
-  path: str | Path, saved: Mapping[str, checksums.Record], like: Params
-) -> None:
-  model = {
-    key: checksums.Record(str(a.dtype), a.shape)
-    for key, a in checksums.by_path(like).items()
-  }
-  for key in [*model, *saved]:
-    a, b = saved.get(key), model.get(key)
-    if a is None or b is None or a[:2] != b[:2]:
-      what = 'dtype' if a and b and a.shape == b.shape else 'shape'
-      theirs, ours = (str(getattr(v, what)) if v else 'missing' for v in (a, b))
-      raise UserError(
-        f'{path}: weights of another network: parameter {key} is {theirs} in the '
-        f'checkpoint and {ours} in the model; give the config.network and config.data '
-        'of that run'
-      )
+  fitted, dropped = matching.fitted(path, saved, like, may_differ)
+  params = storage.read(folder, step, {item: fitted | dropped}).items[item]
+  return {key: value for key, value in params.items() if key not in dropped}
 
 
 def _find(path: str | Path) -> tuple[Path, list[int]]:

@@ -3,6 +3,7 @@
 import ast
 from collections.abc import Mapping
 import dataclasses
+import typing
 from typing import Any
 
 from cmjax.core import UserError
@@ -16,17 +17,20 @@ from cmjax.runtime.renamed import function_now, key_now
 def override(config: ConfigDict, key: str, text: str) -> None:
   """Sets the value at a dotted key, such as `network.width`, from the text of a flag.
 
-  A key may be one that the config has, or one that the function of its part takes.
+  A key may be one that the config has, or one that the function of its part takes. A
+  part that may be left out is replaced by the text 'None'.
 
   Raises: UserError naming the key, or what the text must be.
   """
   part, where, last = _place(config, key, '--config')
-  current = part.get(last)
-  if isinstance(current, ConfigDict):
+  current, annotation = part.get(last), _annotation(part, where, last)
+  is_off = text == 'None' and type(None) in typing.get_args(annotation)
+  if isinstance(current, ConfigDict) and not is_off:
     keys = ', '.join(current) or 'none'
     raise UserError(f'--config.{key}: has keys of its own; set one of {keys}')
-  annotation = _annotation(part, where, last)
-  value = _parsed(text, current, annotation, f'--config.{key}={text}')
+  value = None
+  if not is_off:
+    value = _parsed(text, current, annotation, f'--config.{key}={text}')
   _set(part, where, last, value)
 
 

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cmjax.core import LOG_WEIGHT, Model, Network, Params, UserError
+from cmjax.core import LOG_WEIGHT, MAP_AUGMENT, Model, Network, Params, UserError
 from cmjax.port import names, read, released, write
-from cmjax.runtime import build, checkpoint, paths, sharding, snapshots, storage
+from cmjax.runtime import build, checkpoint, matching, paths, sharding, snapshots
 from cmjax.runtime.config_json import from_json, to_json
 from cmjax.runtime.config_record import ConfigDict, completed
 from cmjax.runtime.overrides import override
@@ -220,11 +220,8 @@ def _placed(
   return sharding.place(params, jax.tree.map(lambda a: a.sharding, like)), unread
 
 
-def check_there(path: str | Path, where: str) -> None:
-  """Raises UserError, naming the key `where`, if `load` could not find weights."""
-  path = paths.path(path)
-  if not (paths.is_file(path) or storage.is_step(path) or checkpoint.any_in(path)):
-    raise UserError(f'{where}: {path}: no checkpoints; is it the --workdir of a run?')
+# Parameters that a model may have and its first weights not, by setting of the network.
+_MAY_BE_NEW = {LOG_WEIGHT: 'log_weight', MAP_AUGMENT: 'augment'}
 
 
 def load_weights(
@@ -232,32 +229,30 @@ def load_weights(
 ) -> tuple[Params, ConfigDict]:
   """The weights that a run samples from, in the shapes of `like`, and its config.
 
-  The path may be that of a file, as for `load`. The parameters of a learned weighting
-  that only `like` has are set to zero.
+  The path may be that of a file, as for `load`. The parameters of a learned weighting,
+  or of labels of an augmentation, that only `like` has are set to zero; those of such
+  labels that only the checkpoint has are left out, as if the labels were zero.
 
   Raises: UserError if there is no checkpoint, or it is of another network.
   """
   if paths.is_file(paths.path(path)):
     file = _open_file(path, '', ())
-    stored = dict(like)
-    if LOG_WEIGHT in like and not _has_log_weight(file.plan):
-      del stored[LOG_WEIGHT]
+    has, of = file.plan.network, _MAY_BE_NEW
+    stored = {k: v for k, v in like.items() if k not in of or has.get(of[k])}
     params, _ = _placed(file.plan, stored, path, say)
     return _with_zeros(params, like), file.config
 
   def read_step(step, meta):
-    config = from_json(meta['config'], str(path))
-    chosen = snapshots.Chosen(
-      config, '', snapshots.widths_in(meta, path), like, LOG_WEIGHT
-    )
+    config: Any = from_json(meta['config'], str(path))
+    if MAP_AUGMENT not in like and config.network.get('augment', 0):
+      say(f'{path}: weights that are not used: {MAP_AUGMENT}')
+    held = snapshots.widths_in(meta, path)
+    may_differ = matching.MayDiffer(tuple(_MAY_BE_NEW), (MAP_AUGMENT,))
+    chosen = snapshots.Chosen(config, '', held, like, may_differ)
     params = snapshots.read(path, step, chosen, say)
     return _with_zeros(params, like), config
 
   return checkpoint.newest(path, read_step, say)
-
-
-def _has_log_weight(plan: names.Plan) -> bool:
-  return bool(plan.network.get('log_weight', False))
 
 
 def _with_zeros(params: Params, like: Params) -> Params:

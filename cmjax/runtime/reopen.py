@@ -121,7 +121,7 @@ def for_sampling(opened: Opened, names: str = '') -> Opened:
     opened = _with_samplers(opened, names)
   config, source = opened.config, opened.source
   if config.guide:
-    pretrained.check_there(config.guide, 'config.guide')
+    checkpoint.check_there(config.guide, 'config.guide')
     guide = pretrained.load(
       config.guide, trust=opened.trust, mesh=opened.mesh, say=logs.say
     )

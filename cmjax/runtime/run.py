@@ -157,7 +157,7 @@ def prepare(
   schedules = schedules_of(config)
   check_schedules(config, schedules)
   if config.init_from not in ('', REQUIRED):
-    pretrained.check_there(config.init_from, 'config.init_from')
+    checkpoint.check_there(config.init_from, 'config.init_from')
 
   network, f = build_model(config)
   source = build(config.data, 'config.data', Source)

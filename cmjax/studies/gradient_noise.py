@@ -31,8 +31,8 @@ def gradient_noise(
   edges = jnp.asarray(np.geomspace(2e-3, 80.0, num_bins + 1)[1:-1], jnp.float32)
 
   @jax.jit
-  def by_bin(params, i, batch):
-    def value(params, bin_index):
+  def of_bin(params, bin_index, i, batch):
+    def value(params):
       nets = subject.nets._replace(online=params)
       step, keys = jnp.int32(subject.step), streams(jax.random.key(1), i)
       out = loss(nets, batch, step, keys)
@@ -42,9 +42,11 @@ def gradient_noise(
       log_sum = jnp.sum(jnp.where(inside, jnp.log(sigma), 0.0))
       return total, (jnp.sum(inside), log_sum)
 
-    return jax.lax.map(
-      lambda b: jax.grad(value, has_aux=True)(params, b), jnp.arange(num_bins)
-    )
+    return jax.grad(value, has_aux=True)(params)
+
+  def by_bin(*arguments):  # in a compiled loop, CPUs run convolutions slowly
+    bins = [of_bin(subject.nets.online, b, *arguments) for b in jnp.arange(num_bins)]
+    return jax.tree.map(lambda *arrays: jnp.stack(arrays), *bins)
 
   squared_norm = jax.vmap(lambda gradient: optax.tree.norm(gradient, squared=True))
   total = jax.tree.map(
@@ -54,7 +56,7 @@ def gradient_noise(
   num_examples = 0
   for i in range(num_batches):
     batch = subject.batch(subject.step + i)
-    gradient, (inside, logs) = by_bin(subject.nets.online, jnp.int32(i), batch)
+    gradient, (inside, logs) = by_bin(jnp.int32(i), batch)
     total = jax.tree.map(jnp.add, total, gradient)
     squares = squares + squared_norm(gradient)
     count, log_sum = count + inside, log_sum + logs
