@@ -16,7 +16,7 @@ import pytest
 from cmjax import ema, train
 from cmjax.configs import parts
 from cmjax.core import UserError
-from cmjax.runtime import pretrained, storage
+from cmjax.runtime import checkpoint, pretrained, storage
 from cmjax.runtime.config import read
 from cmjax.runtime.reopen import beside, reopen
 from cmjax.runtime.run import prepare
