@@ -27,7 +27,7 @@ FACTS = ROOT / 'configs' / 'compiled.json'
 README = ROOT / 'configs' / 'README.md'
 BEGIN, END = '<!-- python launch/recipes.py --write -->\n', '<!-- end -->'
 LIMIT_S = 3600
-PROGRAM = 1  # raise it when cmjax compiles another step from the same config
+PROGRAM = 2  # raise it when cmjax compiles another step from the same config
 # The keys of a config that the compiled step depends on.
 KEYS = (
   *('batch_size', 'accumulate', 'grad_clip_norm', 'mesh', 'network', 'precond'),
