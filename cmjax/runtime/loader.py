@@ -39,8 +39,11 @@ def read_ahead(
   with contextlib.closing(_elements(read, settings)) as elements:
     while True:
       batch = [_next(elements, settings) for _ in parts]
-      # Also copies, as arrays of workers lie in memory that is freed with them.
-      yield jax.tree.map(lambda *arrays: np.concatenate(arrays), *batch)
+      if len(batch) > 1 or settings.workers:
+        # Also copies, as arrays of workers lie in memory that is freed with them.
+        yield jax.tree.map(lambda *arrays: np.concatenate(arrays), *batch)
+      else:
+        yield batch[0]
 
 
 class _Parts(NamedTuple):
