@@ -208,7 +208,9 @@ def test_a_batch_is_exact_and_leaves_the_examples_as_they_are(dtype, channels, o
   batch = batch_at(s, 0, 0, 9)
   bits = np.random.Generator(np.random.Philox(key=[0, 2**32])).integers(2, size=9)
   for x0, i, mirrored in zip(batch.x0, batch.indices, bits):
-    expected = (before[i].astype(np.float32) - np.float32(127.5)) * np.float32(1 / 127.5)
+    expected = (before[i].astype(np.float32) - np.float32(127.5)) * np.float32(
+      1 / 127.5
+    )
     np.testing.assert_array_equal(x0, expected[:, ::-1] if mirrored else expected)
   np.testing.assert_array_equal(stored, before)
 

@@ -44,8 +44,8 @@ class Folder:
 
   def identity(self) -> str:
     """Path, names, sizes and times of the files, and how they are decoded."""
-    files = (Path(self.name(i)) for i in range(len(self)))
-    return _identity(self, self.root, facts_of(self.root, files))
+    names = map(os.fsdecode, self.names.tolist())
+    return _identity(self, self.root, facts_of(self.root, names))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,7 +79,7 @@ class Zip:
 
   def identity(self) -> str:
     """Path, size and time of the file, and how its images are decoded."""
-    return _identity(self, self.path, facts_of(self.path, [self.path]))
+    return _identity(self, self.path, facts_of(self.path.parent, [self.path.name]))
 
 
 def _identity(reader: Folder | Zip, path: Path, facts: list) -> str:
@@ -112,13 +112,12 @@ def data_offset(file: BinaryIO, offset: int) -> int:
 
 
 def read_folder(
-  root: Path, files: list[Path], conditional: bool, resize: images.Resize
+  root: Path, names: list[str], conditional: bool, resize: images.Resize
 ) -> tuple[Folder, np.ndarray | None]:
-  """The images of a folder, and their labels i64[N].
+  """The images of a folder, whose paths below it are `names`, and their labels i64[N].
 
   Raises: UserError if `conditional` is set and there are no labels.
   """
-  names = [os.path.relpath(file, root) for file in files]
   reader = Folder(root, np.array([os.fsencode(name) for name in names]), resize)
   if not conditional:
     return reader, None
@@ -178,14 +177,15 @@ def _content(text: bytes) -> Any:
 def _labels(content: Any, names: list[str], path: Path) -> np.ndarray:
   """The labels of images by name; without `dataset.json`, those of their folders."""
   if content is None:
-    tops = [name.split(os.sep if path.is_dir() else '/') for name in names]
-    if any(len(parts) < 2 for parts in tops):
+    parts = [name.partition(os.sep if path.is_dir() else '/') for name in names]
+    if not all(separator for _, separator, _ in parts):
       raise UserError(
         f'config.data.path: {path} has images outside a class folder, and the model is '
         f'conditional; sort them into folders, add a {LABELS}, or set '
         'config.data.conditional=False'
       )
-    return np.unique([parts[0] for parts in tops], return_inverse=True)[1]
+    number = {top: i for i, top in enumerate(sorted({top for top, _, _ in parts}))}
+    return np.array([number[top] for top, _, _ in parts], np.int64)
   pairs, where = content['labels'], f'{LABELS} of {path}'
   if pairs is None:
     raise UserError(

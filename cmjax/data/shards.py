@@ -59,7 +59,9 @@ class Shards:
   def identity(self) -> str:
     """Paths, sizes and times of the files."""
     folder = self.paths[0].parent
-    return repr((str(folder.resolve()), facts_of(folder, self.paths)))
+    return repr(
+      (str(folder.resolve()), facts_of(folder, [path.name for path in self.paths]))
+    )
 
 
 def read_shards(
