@@ -19,6 +19,7 @@ from cmjax.data.reading import checked_labels, reading
 
 LABELS = 'dataset.json'  # {"labels": [["00000/img00000000.png", 6], ...]}, or null
 _MAX_BYTES = 2**29  # of an encoded image or of the labels
+_MAX_NAME = 1024  # bytes, since names are stored at the length of the longest
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -97,7 +98,8 @@ def _member(
   start = data_offset(file, offset)
   content = os.pread(file.fileno(), stored, start)
   if method == zipfile.ZIP_DEFLATED:
-    content = zlib.decompressobj(-15).decompress(content, size)
+    # One byte more, as 0 would be no limit.
+    content = zlib.decompressobj(-15).decompress(content, size + 1)
   if len(content) != size or zlib.crc32(content) != crc:
     raise OSError('the zip file is damaged')
   return content
@@ -149,6 +151,10 @@ def read_zip(
     names = [member.filename for member in members]
     if len(set(names)) < len(names):
       raise OSError('two images have the same name')
+    encoded = [name.encode() for name in names]
+    longest = max(map(len, encoded), default=0)
+    if longest > _MAX_NAME:
+      raise OSError(f'a name of {longest} bytes, which is longer than {_MAX_NAME}')
     if conditional and LABELS in file.namelist():
       if file.getinfo(LABELS).file_size > _MAX_BYTES:
         raise OSError(f'{LABELS} is larger than {_MAX_BYTES >> 20} MiB')
@@ -162,8 +168,7 @@ def read_zip(
     (m.header_offset, m.file_size, m.compress_size, m.compress_type, m.CRC)
     for m in members
   ]
-  encoded = np.array([name.encode() for name in names])
-  reader = Zip(path, encoded, np.array(numbers, np.int64), resize)
+  reader = Zip(path, np.array(encoded), np.array(numbers, np.int64), resize)
   return reader, _labels(content, names, path) if conditional else None
 
 

@@ -105,7 +105,8 @@ def _cached(
     if known is None:
       return None, None, 0
     labels, classes = known['labels'], int(known['classes'])
-  found = (decoded.found(identity) or {}).get('images')
+  found = decoded.found(identity, memory_gib * 2**30) or {}
+  found = found.get('images')
   if found is None or not fits(found.nbytes, memory_gib, 'config.data: the images'):
     return None, labels, classes
   return found, labels, classes
