@@ -536,6 +536,16 @@ def test_a_damaged_image_is_one_line_that_names_it(workers, tmp_path):
   assert '\n' not in str(error.value)
 
 
+@each_kind
+def test_files_that_are_deleted_after_the_start_are_one_line(make, tmp_path):
+  path = make(tmp_path)
+  on_disk = from_path(path=str(path), memory_gib=0.0)
+  path.rename(tmp_path / 'elsewhere')
+  with pytest.raises(UserError, match=r'config\.data\.path: cannot read') as error:
+    on_disk.examples[:3]
+  assert '\n' not in str(error.value)
+
+
 # Shards ----------------------------------------------------------------------------
 
 

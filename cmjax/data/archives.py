@@ -71,7 +71,9 @@ class Zip:
 
   def read(self, index):
     """The images of these indices, as RGB uint8[H, W, 3]."""
-    with open(self.path, 'rb') as file:
+    with reading(f'config.data.path: cannot read {self.path}'):
+      file = open(self.path, 'rb')
+    with file:
       for i in index:
         with reading(f'config.data.path: cannot read {self.name(i)}'):
           content = _member(file, *self.members[i].tolist())
