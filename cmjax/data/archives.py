@@ -72,7 +72,7 @@ class Zip:
   def read(self, index):
     """The images of these indices, as RGB uint8[H, W, 3]."""
     with reading(f'config.data.path: cannot read {self.path}'):
-      file = open(self.path, 'rb')
+      file = open(self.path, 'rb')  # noqa: SIM115, closed below
     with file:
       for i in index:
         with reading(f'config.data.path: cannot read {self.name(i)}'):
