@@ -197,6 +197,24 @@ def test_a_batch_says_which_examples_it_holds(flip):
     np.testing.assert_array_equal(np.concatenate(shares), batch.indices)
 
 
+@pytest.mark.parametrize('dtype', [np.uint8, np.float32])
+@pytest.mark.parametrize('channels', [1, 3])
+@pytest.mark.parametrize('order', ['C', 'F'])
+def test_a_batch_is_exact_and_leaves_the_examples_as_they_are(dtype, channels, order):
+  stored = np.random.default_rng(0).uniform(0, 255, (9, 4, 6, channels)).astype(dtype)
+  stored = np.array(stored, order=order)
+  before = stored.copy()
+  s = source()._replace(examples=stored, labels=None, classes=0, flip=True)
+  batch = batch_at(s, 0, 0, 9)
+  bits = np.random.Generator(np.random.Philox(key=[0, 2**32])).integers(2, size=9)
+  for x0, i, mirrored in zip(batch.x0, batch.indices, bits):
+    expected = (before[i].astype(np.float32) - np.float32(127.5)) * np.float32(
+      1 / 127.5
+    )
+    np.testing.assert_array_equal(x0, expected[:, ::-1] if mirrored else expected)
+  np.testing.assert_array_equal(stored, before)
+
+
 def test_flip_mirrors_half_of_the_images_left_to_right():
   plain, flipped = source(n=200), source(n=200, flip=True)
   a = batch_at(plain, 0, 0, 200).x0

@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 import zipfile
+import zlib
 
 import numpy as np
 from PIL import Image
@@ -431,6 +433,19 @@ def deflated_bomb(place):  # of 32 MiB, that claims to be small
   changed(path, ((2**25 + 12345).to_bytes(4, 'little'), (1000).to_bytes(4, 'little')))
 
 
+def bomb_without_size(place):  # and with the checksum of nothing
+  path = zip_of(place, bytes(2**25 + 12345), zipfile.ZIP_DEFLATED)
+  crc = zlib.crc32(bytes(2**25 + 12345)).to_bytes(4, 'little')
+  size = (2**25 + 12345).to_bytes(4, 'little')
+  changed(path, (size, bytes(4)), (crc, bytes(4)))
+
+
+def long_name(place):
+  save_image(place / '0.png')
+  content = (place / '0.png').read_bytes()
+  save_zip(place / 'set.zip', {'a/0.png': content, f'a/{"x" * 60_000}.png': content})
+
+
 def wrong_bytes(place):
   path = zip_of(place)
   changed(path, (b'IHDR', b'IHDX'))
@@ -461,6 +476,7 @@ def twice(place):
 BAD_ZIPS = {
   promises_more: r'0\.png is larger than 512 MiB',
   deflated_bomb: r'set\.zip/a/0\.png \(the zip file is damaged\)',
+  long_name: r'set\.zip \(a name of 60006 bytes, which is longer than 1024\)',
   wrong_bytes: r'set\.zip/a/0\.png \(the zip file is damaged\)',
   encrypted: r'0\.png is encrypted',
   moved: r'cannot read .*set\.zip',
@@ -482,6 +498,16 @@ def test_a_bad_zip_is_one_line(make, memory_gib, tmp_path):
   with at_once(), pytest.raises(UserError, match=BAD_ZIPS[make]) as error:
     from_path(path=path, conditional=True, memory_gib=memory_gib)
   assert '\n' not in str(error.value)
+
+
+def test_a_bomb_without_a_size_does_not_fill_the_memory(tmp_path):
+  bomb_without_size(tmp_path)
+  tracemalloc.start()
+  with pytest.raises(UserError, match='damaged'):
+    from_path(path=str(tmp_path / 'set.zip'))
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert peak < 2**22  # of 32 MiB; 0.2 MiB is measured
 
 
 def test_names_in_a_zip_that_lead_outside_write_nothing(tmp_path):
@@ -507,6 +533,16 @@ def test_a_damaged_image_is_one_line_that_names_it(workers, tmp_path):
   batches = loader.read_ahead(on_disk, 0, 0, NUM, rows, settings)
   with pytest.raises(UserError, match=r'cannot read .*img00000017\.png') as error:
     next(batches)
+  assert '\n' not in str(error.value)
+
+
+@each_kind
+def test_files_that_are_deleted_after_the_start_are_one_line(make, tmp_path):
+  path = make(tmp_path)
+  on_disk = from_path(path=str(path), memory_gib=0.0)
+  path.rename(tmp_path / 'elsewhere')
+  with pytest.raises(UserError, match=r'config\.data\.path: cannot read') as error:
+    on_disk.examples[:3]
   assert '\n' not in str(error.value)
 
 
@@ -573,6 +609,16 @@ def test_arrays_that_cannot_be_read_in_part_stay_in_memory(tmp_path):
   assert len(from_path(path=path).examples) == 6
   with pytest.raises(UserError, match=r'0\.npz is compressed.*np\.savez, or raise'):
     from_path(path=path, memory_gib=0.0)
+
+
+@pytest.mark.parametrize('dtype', ['<f2', '<f4', '>f4', '<f8', '>f8', '|i1', '<i8'])
+def test_arrays_on_disk_are_converted_as_those_in_memory(dtype, tmp_path):
+  values = np.linspace(-1, 1, 6 * 4 * 4 * 3).reshape(6, 4, 4, 3).astype(dtype)
+  np.savez(tmp_path / 'set.npz', images=values)
+  path = str(tmp_path / 'set.npz')
+  held, on_disk = (from_path(path=path, memory_gib=gib).examples for gib in (4.0, 0.0))
+  assert held.dtype == on_disk.dtype == np.float32
+  np.testing.assert_array_equal(on_disk[:], held)
 
 
 def test_a_shard_that_is_cut_is_refused(tmp_path):
@@ -671,6 +717,27 @@ def test_the_cache_is_bounded_and_keeps_what_was_used_last(own_cache, monkeypatc
   assert sum(p.stat().st_size for p in own_cache.iterdir()) <= 4500 + 500  # headers
   decoded.cached('large', lambda: {'images': u8(9000)})
   assert not decoded._path('large').exists()
+
+
+def test_files_that_another_process_deletes_do_not_stop_writing(own_cache, monkeypatch):
+  decoded.cached('a', lambda: {'images': u8(10)})
+  monkeypatch.setattr(decoded, '_MAX_BYTES', 100)
+  listed, is_file = Path.iterdir, Path.is_file
+  gone = own_cache / 'b.unfinished'  # renamed between two system calls
+  monkeypatch.setattr(Path, 'iterdir', lambda folder: [gone, *listed(folder)])
+  monkeypatch.setattr(Path, 'is_file', lambda path: path == gone or is_file(path))
+  decoded.cached('c', lambda: {'images': u8(10)})
+  assert decoded._path('c').exists()
+  assert not decoded._path('a').exists()
+
+
+def test_a_cached_set_that_shall_be_on_disk_is_not_loaded(tmp_path, monkeypatch):
+  identity, stored = 'a set', {'images': u8(10_000)}
+  decoded.cached(identity, lambda: stored)
+  assert decoded.found(identity, 10_000) is not None
+  monkeypatch.setattr(np, 'load', lambda *_, **__: pytest.fail('loaded'))
+  assert decoded.found(identity, 100) is None
+  assert decoded._path(identity).exists()
 
 
 def test_starts_at_the_same_time_share_the_cache(tmp_path, own_cache):

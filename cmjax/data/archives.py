@@ -19,6 +19,7 @@ from cmjax.data.reading import checked_labels, reading
 
 LABELS = 'dataset.json'  # {"labels": [["00000/img00000000.png", 6], ...]}, or null
 _MAX_BYTES = 2**29  # of an encoded image or of the labels
+_MAX_NAME = 1024  # bytes, since names are stored at the length of the longest
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,8 +45,8 @@ class Folder:
 
   def identity(self) -> str:
     """Path, names, sizes and times of the files, and how they are decoded."""
-    files = (Path(self.name(i)) for i in range(len(self)))
-    return _identity(self, self.root, facts_of(self.root, files))
+    names = map(os.fsdecode, self.names.tolist())
+    return _identity(self, self.root, facts_of(self.root, names))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,7 +71,9 @@ class Zip:
 
   def read(self, index):
     """The images of these indices, as RGB uint8[H, W, 3]."""
-    with open(self.path, 'rb') as file:
+    with reading(f'config.data.path: cannot read {self.path}'):
+      file = open(self.path, 'rb')  # noqa: SIM115, closed below
+    with file:
       for i in index:
         with reading(f'config.data.path: cannot read {self.name(i)}'):
           content = _member(file, *self.members[i].tolist())
@@ -79,7 +82,7 @@ class Zip:
 
   def identity(self) -> str:
     """Path, size and time of the file, and how its images are decoded."""
-    return _identity(self, self.path, facts_of(self.path, [self.path]))
+    return _identity(self, self.path, facts_of(self.path.parent, [self.path.name]))
 
 
 def _identity(reader: Folder | Zip, path: Path, facts: list) -> str:
@@ -97,7 +100,8 @@ def _member(
   start = data_offset(file, offset)
   content = os.pread(file.fileno(), stored, start)
   if method == zipfile.ZIP_DEFLATED:
-    content = zlib.decompressobj(-15).decompress(content, size)
+    # One byte more, as 0 would be no limit.
+    content = zlib.decompressobj(-15).decompress(content, size + 1)
   if len(content) != size or zlib.crc32(content) != crc:
     raise OSError('the zip file is damaged')
   return content
@@ -112,13 +116,12 @@ def data_offset(file: BinaryIO, offset: int) -> int:
 
 
 def read_folder(
-  root: Path, files: list[Path], conditional: bool, resize: images.Resize
+  root: Path, names: list[str], conditional: bool, resize: images.Resize
 ) -> tuple[Folder, np.ndarray | None]:
-  """The images of a folder, and their labels i64[N].
+  """The images of a folder, whose paths below it are `names`, and their labels i64[N].
 
   Raises: UserError if `conditional` is set and there are no labels.
   """
-  names = [os.path.relpath(file, root) for file in files]
   reader = Folder(root, np.array([os.fsencode(name) for name in names]), resize)
   if not conditional:
     return reader, None
@@ -150,6 +153,10 @@ def read_zip(
     names = [member.filename for member in members]
     if len(set(names)) < len(names):
       raise OSError('two images have the same name')
+    encoded = [name.encode() for name in names]
+    longest = max(map(len, encoded), default=0)
+    if longest > _MAX_NAME:
+      raise OSError(f'a name of {longest} bytes, which is longer than {_MAX_NAME}')
     if conditional and LABELS in file.namelist():
       if file.getinfo(LABELS).file_size > _MAX_BYTES:
         raise OSError(f'{LABELS} is larger than {_MAX_BYTES >> 20} MiB')
@@ -163,8 +170,7 @@ def read_zip(
     (m.header_offset, m.file_size, m.compress_size, m.compress_type, m.CRC)
     for m in members
   ]
-  encoded = np.array([name.encode() for name in names])
-  reader = Zip(path, encoded, np.array(numbers, np.int64), resize)
+  reader = Zip(path, np.array(encoded), np.array(numbers, np.int64), resize)
   return reader, _labels(content, names, path) if conditional else None
 
 
@@ -178,14 +184,15 @@ def _content(text: bytes) -> Any:
 def _labels(content: Any, names: list[str], path: Path) -> np.ndarray:
   """The labels of images by name; without `dataset.json`, those of their folders."""
   if content is None:
-    tops = [name.split(os.sep if path.is_dir() else '/') for name in names]
-    if any(len(parts) < 2 for parts in tops):
+    parts = [name.partition(os.sep if path.is_dir() else '/') for name in names]
+    if not all(separator for _, separator, _ in parts):
       raise UserError(
         f'config.data.path: {path} has images outside a class folder, and the model is '
         f'conditional; sort them into folders, add a {LABELS}, or set '
         'config.data.conditional=False'
       )
-    return np.unique([parts[0] for parts in tops], return_inverse=True)[1]
+    number = {top: i for i, top in enumerate(sorted({top for top, _, _ in parts}))}
+    return np.array([number[top] for top, _, _ in parts], np.int64)
   pairs, where = content['labels'], f'{LABELS} of {path}'
   if pairs is None:
     raise UserError(

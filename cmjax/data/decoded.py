@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import contextlib
+import math
 import os
 from pathlib import Path
 import uuid
@@ -14,6 +15,7 @@ from cmjax.runtime.feature_store import cache_folder, digest
 
 _VERSION = '1'  # of the format and of the code that decodes
 _MAX_BYTES = 16 * 2**30  # of the folder; the files used last remain (cmjax choice)
+_MAX_HEADERS = 4096  # bytes of a file besides its arrays; 300 are measured
 
 Arrays = dict[str, np.ndarray]
 
@@ -38,10 +40,13 @@ def cached(
   return arrays
 
 
-def found(identity: str) -> Arrays | None:
-  """The arrays in the cache; None if there are none, or they are damaged."""
+def found(identity: str, max_bytes: float = math.inf) -> Arrays | None:
+  """The arrays in the cache; None if there are none, or they are damaged.
+
+  Also None, without loading them, if they take more than `max_bytes`.
+  """
   path = _path(identity)
-  if not path.is_file():
+  if not path.is_file() or path.stat().st_size - _MAX_HEADERS > max_bytes:
     return None
   try:
     with np.load(path, allow_pickle=False) as file:  # which checks CRC-32
@@ -66,7 +71,7 @@ def _path(identity: str) -> Path:
 
 def _write(path: Path, arrays: Arrays) -> None:
   size = sum(array.nbytes for array in arrays.values())
-  if size > _MAX_BYTES:
+  if size > _MAX_BYTES or path.is_file():  # another process may have written it
     return
   unfinished = path.with_suffix(f'.{uuid.uuid4().hex}.unfinished')
   try:
@@ -83,7 +88,11 @@ def _write(path: Path, arrays: Arrays) -> None:
 
 def _prune(folder: Path, limit: int) -> None:
   """Deletes the files that were used first, until the others take `limit` bytes."""
-  files = [(path.stat(), path) for path in folder.iterdir() if path.is_file()]
+  files = []
+  for path in folder.iterdir():
+    with contextlib.suppress(FileNotFoundError):  # another process may have deleted it
+      if path.is_file():
+        files.append((path.stat(), path))
   for status, path in sorted(files, key=lambda f: f[0].st_mtime, reverse=True):
     limit -= status.st_size
     if limit < 0:

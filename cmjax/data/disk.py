@@ -134,11 +134,10 @@ def fits(size: int, memory_gib: float, what: str) -> bool:
   return True
 
 
-def facts_of(root: Path, files: Iterable[Path]) -> list[tuple[str, int, int]]:
+def facts_of(root: Path, names: Iterable[str]) -> list[tuple[str, int, int]]:
   """Name below `root`, size and time of change of each file."""
   found = []
-  for file in files:
-    status = os.stat(file)
-    name = os.path.relpath(file, root)
+  for name in names:
+    status = os.stat(os.path.join(root, name))
     found.append((name, status.st_size, status.st_mtime_ns))
   return found

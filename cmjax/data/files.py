@@ -45,12 +45,12 @@ def from_path(
   if not path.strip():
     raise UserError('config.data.path: is empty; give a folder, an .npz or a .zip file')
   data, resize = Path(path), images.resize_of(size, crop)
-  files, arrays = [], []
+  names, arrays = [], []
   if data.is_dir():
     with reading(f'config.data.path: cannot read {data}'):
-      files = sorted(images.image_files(data, 'config.data.path'))
-      arrays = [] if files else sorted(data.glob('*.npz'))
-    if not files and not arrays:
+      names = images.image_files(data, 'config.data.path')
+      arrays = [] if names else sorted(data.glob('*.npz'))
+    if not names and not arrays:
       raise UserError(
         f'config.data.path: no image in {data}; looked for '
         f'{sorted(images.IMAGE_SUFFIXES)}, and no .npz'
@@ -68,8 +68,8 @@ def from_path(
       )
     examples, labels = read_shards(arrays, conditional, memory_gib)
   else:
-    if files:
-      reader, labels = archives.read_folder(data, files, conditional, resize)
+    if names:
+      reader, labels = archives.read_folder(data, names, conditional, resize)
     else:
       reader, labels = archives.read_zip(data, conditional, resize)
     what = f'config.data.path: the images of {data}'

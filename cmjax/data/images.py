@@ -106,23 +106,33 @@ def resize_of(size: int, crop: str) -> Resize:
   return Resize(size, crop)
 
 
-def image_files(folder: Path, where: str, above: Sequence[Path] = ()) -> Iterator[Path]:
-  """Paths of the images below a folder; `above` are the folders that contain it.
+def image_files(folder: Path, where: str) -> list[str]:
+  """Paths, below a folder, of the images in it, in the order of their parts.
 
-  Raises: UserError, naming the key `where`, if a folder links to one of those.
+  Raises: UserError, naming the key `where`, if a folder links to one that contains it.
   """
-  resolved = folder.resolve()
+  # As text, since there may be millions of them.
+  names = _image_files(str(folder), '', where, ())
+  return sorted(names, key=lambda name: name.replace(os.sep, '\0'))
+
+
+def _image_files(
+  folder: str, prefix: str, where: str, above: Sequence[str]
+) -> Iterator[str]:
+  """PREFIX/NAME of images; `above` are the folders that contain this one."""
+  resolved = os.path.realpath(folder)
   if resolved in above:
     raise UserError(
       f'{where}: {folder} links to a folder that contains it; remove the link'
     )
   with os.scandir(folder) as entries:  # which know whether they are folders
     for entry in entries:
+      name = prefix + entry.name
       # A link may be one to itself.
       if entry.is_dir() if not entry.is_symlink() else os.path.isdir(entry.path):
-        yield from image_files(folder / entry.name, where, (*above, resolved))
+        yield from _image_files(entry.path, name + os.sep, where, (*above, resolved))
       elif is_image(entry.name):
-        yield folder / entry.name
+        yield name
 
 
 def is_image(name: str) -> bool:

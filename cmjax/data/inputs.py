@@ -28,7 +28,7 @@ def read_inputs(
   files = [top]
   if top.is_dir():
     with reading(f'{where}: cannot read {path}'):
-      files = sorted(image_files(top, where))
+      files = [top / name for name in image_files(top, where)]
     if not files:
       raise UserError(
         f'{where}: no image in {path}; looked for {sorted(IMAGE_SUFFIXES)}'

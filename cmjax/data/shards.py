@@ -30,7 +30,7 @@ class Shards:
   offsets: list[int]
   starts: np.ndarray  # i64[number of files + 1], the first example of each
   shape: tuple[int, ...]  # of one example
-  dtype: np.dtype
+  dtype: np.dtype  # as stored; what `read` returns is uint8 or float32
 
   def __len__(self) -> int:
     """The number of examples."""
@@ -59,7 +59,9 @@ class Shards:
   def identity(self) -> str:
     """Paths, sizes and times of the files."""
     folder = self.paths[0].parent
-    return repr((str(folder.resolve()), facts_of(folder, self.paths)))
+    return repr(
+      (str(folder.resolve()), facts_of(folder, [path.name for path in self.paths]))
+    )
 
 
 def read_shards(
@@ -90,12 +92,12 @@ def read_shards(
   offsets = [images.offset for images in found]
   reader = Shards(paths, offsets, starts, first.shape[1:], first.dtype)
   checked_images(np.zeros((1, *first.shape[1:]), first.dtype), f'{what}')
-  next(iter(reader.read([0])))  # so that a wrong range is reported first
+  example = next(iter(reader.read([0])))  # so that a wrong range is reported first
   labels = None
   if conditional:
     labels = [_labels(path, count) for path, count in zip(paths, counts)]
     labels = _joined_labels(labels, len(reader), what)
-  return OnDisk(reader, (len(reader), *reader.shape), reader.dtype), labels
+  return OnDisk(reader, (len(reader), *reader.shape), example.dtype), labels
 
 
 def _in_memory(

@@ -32,7 +32,7 @@ class Examples(Protocol):
     ...
 
   def __getitem__(self, rows: Any, /) -> np.ndarray:
-    """The examples of a slice, or of indices i[R]; also in threads."""
+    """A new array of the examples of a slice, or of indices i[R]; also in threads."""
     ...
 
   def fingerprint(self) -> str:
@@ -79,11 +79,14 @@ def batch_at(
   rows = np.arange(batch_size) if rows is None else rows
   first = step * batch_size
   index = _endless_permutation(seed, len(source.examples), first, batch_size)[rows]
-  x0 = as_x0(source, source.examples[index])
+  stored = np.ascontiguousarray(source.examples[index])
   if source.flip:
     bits = np.random.Generator(np.random.Philox(key=[seed, 2**32 + step]))
     mirrored = bits.integers(2, size=batch_size)[rows].astype(bool)
-    x0[mirrored] = x0[mirrored, :, ::-1]
+    # Whole pixels of stored values are moved three times as fast as values of x0.
+    whole = stored.view(f'V{stored.shape[-1] * stored.itemsize}')
+    whole[mirrored] = whole[mirrored, :, ::-1]
+  x0 = as_x0(source, stored)
   cond = None if source.labels is None else one_hot(source, index)
   # `_make`, because the fields of Batch are annotated as arrays on a device.
   return Batch._make((x0, cond, index.astype(np.int32)))
@@ -126,7 +129,10 @@ def check_batch(source: Source, batch_size: int) -> None:
 
 def as_x0(source: Source, stored: np.ndarray) -> np.ndarray:
   """Stored values [N, ...] -> x0 f32[N, ...], images in [-1, 1]."""
-  return (stored.astype(np.float32) - source.offset) * np.float32(source.scale)
+  x0 = stored.astype(np.float32)
+  x0 -= source.offset  # in place, since memory of this size is slow to allocate
+  x0 *= np.float32(source.scale)
+  return x0
 
 
 def clip(source: Source, x0: np.ndarray) -> np.ndarray:

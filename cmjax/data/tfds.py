@@ -89,7 +89,8 @@ def _default_folder() -> str:
 def _identity(folder: Path, name: str, split: str, resize: images.Resize) -> str:
   root = folder / re.split('[/:]', name)[0]
   files = [p for depth in ('*', '*/*', '*/*/*') for p in root.glob(depth)]
-  facts = facts_of(root, sorted(path for path in files if path.is_file()))
+  names = [str(path.relative_to(root)) for path in files if path.is_file()]
+  facts = facts_of(root, sorted(names))
   decoders = images.PILLOW, importlib.util.find_spec('cv2') is not None
   return repr((decoders, name, split, *resize, str(root.resolve()), facts))
 
@@ -104,7 +105,8 @@ def _cached(
     if known is None:
       return None, None, 0
     labels, classes = known['labels'], int(known['classes'])
-  found = (decoded.found(identity) or {}).get('images')
+  found = decoded.found(identity, memory_gib * 2**30) or {}
+  found = found.get('images')
   if found is None or not fits(found.nbytes, memory_gib, 'config.data: the images'):
     return None, labels, classes
   return found, labels, classes

@@ -33,8 +33,10 @@ def batches(run: Run, first: int = 0) -> Generator[Batch, None, None]:
   rows = sharding.local_rows(run.mesh, size)
   on_hosts = read_ahead(run.source, config.seed, first, size, rows, config.loader)
   with contextlib.closing(on_hosts):
-    for host in on_hosts:
-      yield sharding.place_rows(host, rows, size, run.mesh)
+    # `map`, since a variable would hold the batch of the host while it is trained on.
+    yield from map(
+      lambda host: sharding.place_rows(host, rows, size, run.mesh), on_hosts
+    )
 
 
 def abstract_batch(run: Run) -> Batch:

@@ -38,9 +38,7 @@ def read_ahead(
   read = _Parts(source, seed, first, batch_size, parts)
   with contextlib.closing(_elements(read, settings)) as elements:
     while True:
-      batch = [_next(elements, settings) for _ in parts]
-      # Also copies, as arrays of workers lie in memory that is freed with them.
-      yield jax.tree.map(lambda *arrays: np.concatenate(arrays), *batch)
+      yield _joined(elements, len(parts), settings)
 
 
 class _Parts(NamedTuple):
@@ -79,6 +77,15 @@ def _elements(read: _Parts, settings: Loader) -> Any:
   return iter(parts)
 
 
+def _joined(elements: Any, num_parts: int, settings: Loader) -> Batch:
+  """The next batch; its parts are freed before it is used."""
+  parts = [_next(elements, settings) for _ in range(num_parts)]
+  if num_parts == 1 and not settings.workers:
+    return parts[0]
+  # Also copies, as arrays of workers lie in memory that is freed with them.
+  return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+
+
 def _next(elements: Any, settings: Loader) -> Batch:
   try:
     return next(elements)
@@ -88,7 +95,8 @@ def _next(elements: Any, settings: Loader) -> Batch:
       raise
     raise UserError(
       f'config.loader.workers: a worker process ended unexpectedly ({ended[1]}); '
-      'repeat the command to resume, with fewer workers if memory ran out'
+      'repeat the command to resume, with fewer workers if memory, or that of '
+      '/dev/shm, ran out'
     ) from error
 
 
