@@ -242,7 +242,23 @@ def test_a_lock_that_nobody_can_read_is_not_in_the_way(text, run):
 
 
 @needs_emulator
-def test_an_owner_that_was_taken_over_stops(run, quick):
+def test_an_owner_that_was_taken_over_ends_before_it_writes(run, monkeypatch, capsys):
+  codes = []
+  monkeypatch.setattr(os, '_exit', codes.append)
+  with lock(run) as check:
+    check()
+    assert codes == []
+    paths.write_text(run / '.lock', '{"host": "other", "process": 7}')
+    check()
+    assert codes == [bucket_lock.LOST]
+  assert 'another process took the lock over' in capsys.readouterr().err
+  assert trained_by(run) == 'process 7 on host other'  # its lock is left alone
+
+
+@needs_emulator
+def test_an_interactive_python_that_was_taken_over_goes_on(run, quick, monkeypatch):
+  monkeypatch.setattr(sys, 'ps1', '>>> ', raising=False)
+
   def hold():
     with lock(run):
       paths.write_text(run / '.lock', '{"host": "other", "process": 7}')
@@ -333,7 +349,16 @@ def test_a_killed_run_in_a_bucket_ends_in_the_bits_of_one_in_a_folder(
   assert step in (10, 20)  # the last may not have been complete
   # No row of a step that is not repeated is lost.
   assert [row['step'] for row in rows(run)][:step] == list(range(1, step + 1))
-  assert main.main([f'--workdir={run}']) == 0
+  checked, renew = [], bucket_lock._Held.check
+
+  def check(held):
+    checked.append(threading.current_thread() is threading.main_thread())
+    renew(held)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(bucket_lock._Held, 'check', check)
+    assert main.main([f'--workdir={run}']) == 0
+  assert checked.count(True) == 3 - step // 10  # before each checkpoint
   told = capsys.readouterr().out
   assert 'waits up to 2 s' in told
   assert f'resumes from step {step}' in told
