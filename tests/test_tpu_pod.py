@@ -48,7 +48,12 @@ SLEEP = '#!/bin/sh\nexec /bin/sleep 0.02\n'
 PYTHON = r"""#!/bin/bash
 mkdir -p uv/bin
 printf '#!/bin/sh\n' >uv/bin/pip
-printf '#!/bin/sh\necho "uv $*" >>"$PLAY/installed"; mkdir -p venv/bin; ln -sf "$PLAY/bin/cmjax" venv/bin/\n' >uv/bin/uv
+cat >uv/bin/uv <<'END'
+#!/bin/sh
+echo "uv $*" >>"$PLAY/installed"
+mkdir -p venv/bin
+ln -sf "$PLAY/bin/cmjax" venv/bin/
+END
 chmod +x uv/bin/*
 """
 # Plays one line of `codes` per start: an exit code, or the name of an event.
