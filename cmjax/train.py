@@ -112,18 +112,20 @@ def train(
   check_claim(folder, run.config)
   profile.check(span, 0, run.total_steps)
   check_memory(run)
-  # Before the folder is created, since `first_state` may raise.
-  first = None if checkpoint.any_in(folder) else first_state(run)
-  with sharding.on_process_0(lock(folder)):
+  # Before the folder is created, since `first_state` may raise. What decides whether
+  # the processes compute together is read by one of them.
+  saved = sharding.from_process_0(lambda: checkpoint.any_in(folder))
+  first = None if saved else first_state(run)
+  with sharding.on_process_0(lock(folder)) as check_lock:
     check_claim(folder, run.config)  # again: another process may have had the lock
-    if jax.process_index() == 0:
-      write_config(folder, run.config)
+    sharding.from_process_0(lambda: write_config(folder, run.config))
     checkpoints = checkpoint.Checkpoints(folder, run.config.keep_checkpoints)
     state, meta = checkpoints.restore(abstract_state(run), logs.say) or (first, {})
     state = cast(TrainState, state)  # `first` is None only if there are checkpoints
     start = int(state.step)
     profile.check(span, start, run.total_steps)
-    if provenance.caught_up(folder) == start:  # hooks ran after the checkpoint
+    # Hooks ran after the checkpoint.
+    if sharding.from_process_0(lambda: provenance.caught_up(folder)) == start:
       meta = meta | {'due': []}
     logs.say(run.summary(start))
     primary = jax.process_index() == 0
@@ -140,7 +142,7 @@ def train(
       contextlib.closing(profile.Trace(folder, span)) as trace,
       contextlib.closing(batches(run, start)) as data,
     ):
-      writers = _Writers(checkpoints, snapshots, log, trackers)
+      writers = _Writers(check_lock, checkpoints, snapshots, log, trackers)
       services = _Services(data, writers, progress, notice, watch, trace)
       state, finished = _loop(run, state, meta, hooks or {}, services)
     if finished and jax.process_index() == 0:
@@ -166,8 +168,7 @@ def save(run: Run, state: TrainState, workdir: str | Path) -> None:
   folder = paths.path(workdir)
   check_claim(folder, run.config)
   with sharding.on_process_0(lock(folder)):
-    if jax.process_index() == 0:
-      write_config(folder, run.config)
+    sharding.from_process_0(lambda: write_config(folder, run.config))
     keep = run.config.keep_checkpoints
     with contextlib.closing(checkpoint.Checkpoints(folder, keep)) as checkpoints:
       checkpoints.save(state, run.meta())
@@ -176,6 +177,7 @@ def save(run: Run, state: TrainState, workdir: str | Path) -> None:
 class _Writers(NamedTuple):
   """What the loop writes to."""
 
+  check_lock: Callable[[], None] | None  # of process 0
   checkpoints: checkpoint.Checkpoints
   snapshots: Snapshots
   log: logs.RunLog
@@ -183,6 +185,8 @@ class _Writers(NamedTuple):
 
   def save(self, state: TrainState, meta: dict[str, Any]) -> None:
     """Saves a checkpoint, after all that a run resumed from it does not repeat."""
+    if self.check_lock:
+      self.check_lock()
     self.snapshots.wait()
     self.log.flush()
     if jax.process_index() == 0:

@@ -11,7 +11,7 @@
 #   RUNTIME         version of the TPU software, by default that of TYPE
 #   REPOSITORY, REVISION   what to run: this checkout's origin and commit
 #   SETUP           commands for each worker before the start, such as a mount
-#   PACKAGES        installed with cmjax (jax[tpu])
+#   PACKAGES        installed with cmjax[gcs] (jax[tpu])
 #   MAX_REQUESTS    of the TPU, in all (20);  POLL_S: seconds between checks (30)
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -72,16 +72,23 @@ delete() {
   cloud queued-resources delete "$name" --zone="$zone" --force --quiet
 }
 
-await_tpu() {  # requests it if it does not exist
-  local now before=
+await_tpu() {  # requests it if it does not exist; sets `ended` if it is deleted meanwhile
+  local now before='' requested=''
   while now=$(state); do
     [ "$now" = "$before" ] || say "$name is $now"
     before=$now
     case $now in
       ACTIVE) return ;;
-      NONE) request ;;
-      FAILED | SUSPENDED) delete ;;
-      *) sleep "$poll_s" ;;
+      NONE)
+        [ ! "$requested" ] || { ended=deleted && return; }
+        request ;;
+      FAILED | SUSPENDED)
+        delete
+        requested='' ;;
+      DELETING) sleep "$poll_s" ;;
+      *)
+        requested=yes
+        sleep "$poll_s" ;;
     esac
   done
 }
@@ -89,25 +96,58 @@ await_tpu() {  # requests it if it does not exist
 start() {  # on all workers, unless the run exists; a worker keeps its files in ~/cmjax_run
   on all "set -e
 mkdir -p cmjax_run
+cat >cmjax_run/new <<'END'
+venv/bin/cmjax --distributed $(printf '%q ' "$@")
+END
 if [ -e cmjax_run/pid ] && kill -0 \$(cat cmjax_run/pid) 2>/dev/null; then
-  exit
+  cmp -s cmjax_run/new cmjax_run/command && exit
+  cat cmjax_run/command >&2
+  echo cmjax_start=other
+  exit 1
 fi
 rm -f cmjax_run/exit
-${SETUP:-:}
+boot=\$(cat /proc/sys/kernel/random/boot_id)
+if [ \"\$(cat cmjax_run/set_up 2>/dev/null)\" != \"\$boot\" ]; then
+  ${SETUP:-:}
+  echo \"\$boot\" >cmjax_run/set_up
+fi
 [ -d cmjax ] || git clone --quiet $(printf %q "$repository") cmjax
 git -C cmjax fetch --quiet
 git -C cmjax checkout --quiet $(printf %q "$revision")
-[ -d uv ] || { python3 -m venv uv && uv/bin/pip install --quiet uv; }
+if [ ! -e uv/bin/uv ]; then
+  python3 -m venv uv
+  uv/bin/pip install --quiet uv
+fi
 [ -d venv ] || uv/bin/uv venv --quiet --python 3.12 venv
-VIRTUAL_ENV=\$PWD/venv uv/bin/uv pip install --quiet --editable cmjax ${PACKAGES:-'jax[tpu]'}
-cat >cmjax_run/command <<'END'
-venv/bin/cmjax --distributed $(printf '%q ' "$@")
-END
+VIRTUAL_ENV=\$PWD/venv uv/bin/uv pip install --quiet --editable './cmjax[gcs]' \
+  ${PACKAGES:-'jax[tpu]'}
+mv cmjax_run/new cmjax_run/command
 [ ! -e cmjax_run/log ] || mv cmjax_run/log cmjax_run/log.old
 touch cmjax_run/log
 setsid nohup bash -c 'bash cmjax_run/command >>cmjax_run/log 2>&1
 echo \$? >cmjax_run/exit' </dev/null >/dev/null 2>&1 &
 echo \$! >cmjax_run/pid"
+}
+
+launch() {  # cmjax on the TPU; 1: it does not start, and `ended` is set
+  local try answer
+  for try in 1 2 3; do
+    if answer=$(start "$@"); then
+      started=yes
+      return
+    fi
+    [[ $answer != *cmjax_start=other* ]] || refuse "$name: the command above runs on it; \
+end that first, or give another NAME"
+    case $(state) in
+      ACTIVE | UNKNOWN) ;;
+      *) ended=preempted && return 1 ;;
+    esac
+    say "$name: cmjax does not start ($try of 3)"
+    [ "$try" = 3 ] || sleep "$poll_s"
+  done
+  ended=failed  # such as a revision that was not pushed, which another TPU lacks, too
+  [ ! "$started" ] || ended=stalled
+  return 1
 }
 
 codes() {  # WORKER SECONDS: exit codes, `running`, `preempted` or `gone`, in one line
@@ -122,13 +162,14 @@ else code=gone; fi
 echo cmjax_exit=\$code" 2>/dev/null | sed -n 's/^cmjax_exit=//p' | sort -u | tr '\n' ' '
 }
 
-follow() {  # sets `ended`: done, failed, stalled or preempted
+follow() {  # sets `ended`: done, failed, stalled, preempted or deleted
   local all silent=0
   while :; do
     say 'follows worker 0; ctrl-C ends that, not the run'
     on 0 "tail --lines=20 --pid=\$(cat cmjax_run/pid) -F cmjax_run/log" || true
     case $(state) in
       ACTIVE | UNKNOWN) ;;
+      DELETING | NONE) ended=deleted && return ;;  # by `stop`, in another terminal
       *) ended=preempted && return ;;
     esac
     case $(codes 0 0) in
@@ -153,7 +194,11 @@ follow() {  # sets `ended`: done, failed, stalled or preempted
 }
 
 finish() {
-  say "$name: cmjax is $ended; launch/tpu_pod.sh stop $name $zone frees the TPU"
+  if [ "$ended" = deleted ]; then
+    say "$name was deleted, and is not requested again"
+  else
+    say "$name: cmjax is $ended; launch/tpu_pod.sh stop $name $zone frees the TPU"
+  fi
   [ "$ended" = 'done' ]
 }
 
@@ -179,7 +224,7 @@ mounts what all workers share; a folder of one worker is lost with it" ;;
   revision=${REVISION:-$(git -C "$root" rev-parse HEAD)}
 }
 
-dry_run=
+dry_run='' started=''
 if [ "${1:-}" = --dry_run ]; then
   dry_run=yes
   shift
@@ -187,7 +232,7 @@ fi
 [ $# -ge 3 ] || usage
 verb=$1 name=$2 zone=$3
 shift 3
-trap 'say "the run goes on: launch/tpu_pod.sh follow $name $zone"; exit 130' INT
+trap 'say "the TPU and its run go on: launch/tpu_pod.sh follow $name $zone"; exit 130' INT
 case $verb in
   run)
     [ $# -ge 2 ] || usage
@@ -199,8 +244,9 @@ case $verb in
       exit
     fi
     while :; do
+      ended=''
       await_tpu
-      if start "$@"; then follow; else ended=stalled; fi
+      if [ -z "$ended" ] && launch "$@"; then follow; fi
       case $ended in
         stalled | preempted) say "$name: $ended; requests it again" ;;
         *) finish && exit || exit 1 ;;

@@ -242,7 +242,23 @@ def test_a_lock_that_nobody_can_read_is_not_in_the_way(text, run):
 
 
 @needs_emulator
-def test_an_owner_that_was_taken_over_stops(run, quick):
+def test_an_owner_that_was_taken_over_ends_before_it_writes(run, monkeypatch, capsys):
+  codes = []
+  monkeypatch.setattr(os, '_exit', codes.append)
+  with lock(run) as check:
+    check()
+    assert codes == []
+    paths.write_text(run / '.lock', '{"host": "other", "process": 7}')
+    check()
+    assert codes == [bucket_lock.LOST]
+  assert 'another process took the lock over' in capsys.readouterr().err
+  assert trained_by(run) == 'process 7 on host other'  # its lock is left alone
+
+
+@needs_emulator
+def test_an_interactive_python_that_was_taken_over_goes_on(run, quick, monkeypatch):
+  monkeypatch.setattr(sys, 'ps1', '>>> ', raising=False)
+
   def hold():
     with lock(run):
       paths.write_text(run / '.lock', '{"host": "other", "process": 7}')
@@ -288,8 +304,17 @@ def test_checkpoints_in_a_bucket_that_are_damaged_or_unfinished(run, monkeypatch
 
 # Whole runs ------------------------------------------------------------------------
 
+# With the samplers and the metrics that are compiled quickly.
+MINE = """
+from cmjax.configs import edm
+def get_config():
+  c = edm.get_config('digits')
+  del c.samplers.heun, c.metrics.labels
+  return c
+"""
 TRAIN = [
-  *(flag for flag in SMALL if 'total_images' not in flag),
+  '--config=mine.py',
+  *(f for f in SMALL if 'total_images' not in f and '--config=' not in f),
   '--config.total_images=240',
   '--config.every.checkpoint_steps=10',
   '--config.every.picture_steps=15',
@@ -311,17 +336,24 @@ main.main(sys.argv[1:])
 
 def rows(path):
   lines = (path / 'metrics.jsonl').read_bytes().splitlines()
-  speeds = ('images_per_s',)
+  speeds = ('images_per_s', 'data_wait')
   return [
     {k: v for k, v in json.loads(line).items() if k not in speeds} for line in lines
   ]
 
 
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+  """Works in a folder with the config of `TRAIN`."""
+  (tmp_path / 'mine.py').write_text(MINE)
+  monkeypatch.chdir(tmp_path)
+
+
 @needs_emulator
 def test_a_killed_run_in_a_bucket_ends_in_the_bits_of_one_in_a_folder(
-  server, run, quick, tmp_path, monkeypatch, capsys
+  run, quick, mine, tmp_path, monkeypatch, capsys
 ):
-  monkeypatch.chdir(ROOT)
+  tmp_path /= 'local'
   killed = subprocess.run(
     [sys.executable, '-c', KILLED, *TRAIN, f'--workdir={run}'],
     env=os.environ | {'PYTHONPATH': str(ROOT)},
@@ -333,19 +365,27 @@ def test_a_killed_run_in_a_bucket_ends_in_the_bits_of_one_in_a_folder(
   assert step in (10, 20)  # the last may not have been complete
   # No row of a step that is not repeated is lost.
   assert [row['step'] for row in rows(run)][:step] == list(range(1, step + 1))
-  assert main.main([f'--workdir={run}']) == 0
+  checked, renew = [], bucket_lock._Held.check
+
+  def check(held):
+    checked.append(threading.current_thread() is threading.main_thread())
+    renew(held)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(bucket_lock._Held, 'check', check)
+    assert main.main([f'--workdir={run}']) == 0
+  assert checked.count(True) == 3 - step // 10  # before each checkpoint
   told = capsys.readouterr().out
   assert 'waits up to 2 s' in told
   assert f'resumes from step {step}' in told
   assert main.main([*TRAIN, f'--workdir={tmp_path}']) == 0
   for place in (run, tmp_path):
     for mode in ('sample', 'evaluate'):
-      flags = [f'--mode={mode}', '--samplers=one_step']
-      assert main.main([f'--workdir={place}', *flags]) == 0
+      assert main.main([f'--workdir={place}', f'--mode={mode}']) == 0
   assert main.main(['--mode=report', str(run)]) == 0
   assert rows(run) == rows(tmp_path)
   assert (run / 'config.json').read_bytes() == (tmp_path / 'config.json').read_bytes()
-  for name in ('heun_00000015', 'heun_00000030', 'data'):
+  for name in ('one_step_00000015', 'one_step_00000030', 'data'):
     file = f'pictures/{name}.png'
     assert (run / file).read_bytes() == (tmp_path / file).read_bytes()
   with (
@@ -386,13 +426,12 @@ def test_a_killed_run_in_a_bucket_ends_in_the_bits_of_one_in_a_folder(
 @needs_emulator
 @pytest.mark.parametrize('place', ['between checkpoints', 'while saving'])
 def test_a_bucket_that_stops_answering_ends_the_run_in_one_line(
-  place, tmp_path, quick, monkeypatch, capsys
+  place, mine, tmp_path, quick, monkeypatch, capsys
 ):
   import gcsfs.retry
 
   server = Bucket(tmp_path)
   server.start()
-  monkeypatch.chdir(ROOT)
   for name, value in server.environment.items():
     monkeypatch.setenv(name, value)
 

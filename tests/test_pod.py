@@ -153,13 +153,18 @@ def test_processes_without_a_coordinator_are_refused(tmp_path):
 
 
 AGREE = """
+from pathlib import Path
 import sys
 from cmjax import core
-from cmjax.runtime import sharding
+from cmjax.runtime import sharding, workdir
 port, process = int(sys.argv[1]), int(sys.argv[2])
 sharding.start(f'localhost:{port}', 2, process)
 sharding.check_same({'config': 'seed: 1'})
 print(sharding.all_true(True), sharding.all_true(process == 0))
+try:  # only process 0 sees weights
+  workdir.own_config(Path(sys.argv[3], str(process)))
+except core.UserError as error:
+  print('holds weights but no run' in str(error))
 try:
   sharding.check_same({'config': f'batch_size: 32\\nseed: {process}' + process * ' '})
 except core.UserError as error:
@@ -167,14 +172,15 @@ except core.UserError as error:
 """
 
 
-def test_processes_agree_or_all_raise_the_difference():
+def test_processes_agree_or_all_raise_the_difference(tmp_path):
+  (tmp_path / '0' / 'checkpoints' / '5').mkdir(parents=True)
   with socket.socket() as free:
     free.bind(('localhost', 0))
     port = free.getsockname()[1]
   flags = os.environ['XLA_FLAGS'].replace('device_count=8', 'device_count=2')
   started = [
     subprocess.Popen(
-      [sys.executable, '-c', AGREE, str(port), str(process)],
+      [sys.executable, '-c', AGREE, str(port), str(process), str(tmp_path)],
       cwd=ROOT,
       env=os.environ | {'XLA_FLAGS': flags},
       stdout=subprocess.PIPE,
@@ -184,7 +190,9 @@ def test_processes_agree_or_all_raise_the_difference():
   ]
   difference = 'config: process 1 has seed: 1, process 0 has seed: 0; give the same'
   for process in started:
-    agreed, refusal = output(process).splitlines()[-2:]  # gloo has lines of its own
+    # gloo has lines of its own.
+    agreed, weights, refusal = output(process).splitlines()[-3:]
     assert process.returncode == 0
     assert agreed == 'True False'
+    assert weights == 'True'
     assert refusal == f'{difference} to all processes'

@@ -34,11 +34,26 @@ case "$3 $4" in
   'tpu-vm ssh') cd "$PLAY/worker" && HOME=$PWD exec bash -c "$command" ;;
 esac
 """
-GIT = '#!/bin/sh\n[ "$1" != clone ] || mkdir "$4"; echo "git $*" >>"$PLAY/installed"\n'
+GIT = r"""#!/bin/sh
+echo "git $*" >>"$PLAY/installed"
+if [ -e "$PLAY/fails" ]; then
+  . "$PLAY/fails"
+  exit 1
+fi
+[ "$1" != clone ] || mkdir "$4"
+"""
+# Those of the worker, which would wait for seconds.
+TAIL = '#!/bin/sh\nexec /usr/bin/tail --sleep-interval=0.02 "$@"\n'
+SLEEP = '#!/bin/sh\nexec /bin/sleep 0.02\n'
 PYTHON = r"""#!/bin/bash
 mkdir -p uv/bin
 printf '#!/bin/sh\n' >uv/bin/pip
-printf '#!/bin/sh\nmkdir -p venv/bin; ln -sf "$PLAY/bin/cmjax" venv/bin/\n' >uv/bin/uv
+cat >uv/bin/uv <<'END'
+#!/bin/sh
+echo "uv $*" >>"$PLAY/installed"
+mkdir -p venv/bin
+ln -sf "$PLAY/bin/cmjax" venv/bin/
+END
 chmod +x uv/bin/*
 """
 # Plays one line of `codes` per start: an exit code, or the name of an event.
@@ -48,10 +63,11 @@ sed -i 1d "$PLAY/codes"
 printf '%s|' "$@" >>"$PLAY/arguments"
 echo "step 1 of a run that ends with $code"
 case $code in
+  deleted) echo DELETING >"$PLAY/states"; exit 1 ;;
   suspended) printf '%s\n' SUSPENDING SUSPENDED >"$PLAY/states"; exit 1 ;;
   preempted) echo 'preempted: saved step 5; repeat the command to resume' ;;
   gone) kill -9 $PPID $(ps -o ppid= $PPID) ;;
-  long) echo $$ >"$PLAY/long"; exec sleep 1000 ;;
+  long) echo $$ >"$PLAY/long"; exec /bin/sleep 1000 ;;
   *) exit "$code" ;;
 esac
 """
@@ -73,6 +89,7 @@ def pod(tmp_path):
   """Starts the script; `calls()` are the commands it gave, without those for states."""
   (tmp_path / 'bin').mkdir()
   fakes = {'gcloud': GCLOUD, 'git': GIT, 'python3': PYTHON, 'cmjax': CMJAX}
+  fakes |= {'tail': TAIL, 'sleep': SLEEP}
   for name, text in fakes.items():
     (tmp_path / 'bin' / name).write_text(text)
     (tmp_path / 'bin' / name).chmod(0o755)
@@ -120,7 +137,9 @@ def test_a_run_that_succeeds_is_requested_started_and_followed(pod, tmp_path):
   assert arguments == '--distributed|--config=a b|--workdir=gs://bucket/run|'
   installed = (tmp_path / 'installed').read_text().splitlines()
   assert installed[0] == 'git clone --quiet https://host/cmjax cmjax'
-  assert installed[-1] == 'git -C cmjax checkout --quiet abc'
+  assert installed[2] == 'git -C cmjax checkout --quiet abc'
+  # For a work directory in a bucket.
+  assert installed[-1] == 'uv pip install --quiet --editable ./cmjax[gcs] jax[tpu]'
 
 
 def test_a_run_that_is_interrupted_is_requested_and_started_again(pod):
@@ -151,6 +170,43 @@ def test_a_mistake_is_not_repeated_and_requests_are_bounded(pod):
   assert 'gave up after 1 requests' in text
 
 
+def test_a_tpu_that_somebody_deletes_is_not_requested_again(pod):
+  start, calls = pod
+  run = start('run', *RUN, codes=['deleted'])
+  text, _ = run.communicate(timeout=60)
+  assert run.returncode == 1, text
+  assert 'pod was deleted, and is not requested again' in text
+  assert calls().count('create') == 1
+  assert 'delete|' not in calls()
+
+
+def test_a_setup_that_fails_is_repeated_on_the_same_tpu(pod, tmp_path):
+  start, calls = pod
+  (tmp_path / 'fails').write_text('echo no such revision >&2')
+  count = f'echo set_up >>{tmp_path}/setup'
+  run = start('run', *RUN, SETUP=count)
+  text, _ = run.communicate(timeout=60)
+  assert run.returncode == 1, text
+  assert text.count('no such revision') == 3
+  assert 'cmjax does not start (3 of 3)' in text
+  assert calls().count('create') == 1
+  assert 'delete|' not in calls()
+  assert (tmp_path / 'setup').read_text() == 'set_up\n'  # a mount, which is still there
+  (tmp_path / 'fails').unlink()
+  run = start('run', *RUN, codes=[0], SETUP=count)
+  assert (run.communicate(timeout=60), run.returncode)[1] == 0
+  assert (tmp_path / 'setup').read_text() == 'set_up\n'
+
+
+def test_a_tpu_that_is_taken_away_during_the_start_is_requested_again(pod, tmp_path):
+  start, calls = pod
+  (tmp_path / 'fails').write_text('rm "$PLAY/fails"; echo SUSPENDED >"$PLAY/states"')
+  run = start('run', *RUN, codes=[0])
+  text, _ = run.communicate(timeout=60)
+  assert run.returncode == 0, text
+  assert calls() == ''.join(NEW.splitlines(keepends=True)[:2]) + DELETE + NEW
+
+
 def test_ctrl_c_leaves_the_run_which_a_second_call_follows(pod, tmp_path):
   start, calls = pod
   run = start('run', *RUN, codes=['long'])
@@ -159,7 +215,7 @@ def test_ctrl_c_leaves_the_run_which_a_second_call_follows(pod, tmp_path):
   os.killpg(run.pid, signal.SIGINT)
   text, _ = run.communicate(timeout=60)
   assert run.returncode == 130
-  assert 'the run goes on: launch/tpu_pod.sh follow pod z' in text
+  assert 'the TPU and its run go on: launch/tpu_pod.sh follow pod z' in text
   pid = (tmp_path / 'worker' / 'cmjax_run' / 'pid').read_text()
   again = start('run', *RUN)
   while 'step 1' not in again.stdout.readline():
@@ -167,6 +223,11 @@ def test_ctrl_c_leaves_the_run_which_a_second_call_follows(pod, tmp_path):
   os.killpg(again.pid, signal.SIGINT)
   again.communicate(timeout=60)
   assert (tmp_path / 'worker' / 'cmjax_run' / 'pid').read_text() == pid
+  other = start('run', *RUN, '--config.seed=2')
+  text, _ = other.communicate(timeout=60)
+  assert other.returncode == 2
+  assert 'venv/bin/cmjax --distributed --config=a\\ b --workdir=gs://bucket/run' in text
+  assert 'end that first, or give another NAME' in text
   assert 'delete' not in calls()
   refused = start('stop', 'pod', 'z')
   refused.communicate('n\n', timeout=60)

@@ -4,7 +4,7 @@ It is created, renewed, taken over and deleted under the condition that its gene
 is the one last seen, which the storage itself checks: of two processes one fails.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import json
 import os
@@ -12,15 +12,17 @@ from pathlib import Path
 import secrets
 import signal
 import socket
+import sys
 import threading
 import time
 from typing import Any, NamedTuple, NoReturn
 
 from cmjax.core import UserError, first_line
-from cmjax.runtime import logs, paths
+from cmjax.runtime import errors, logs, paths
 
 BEAT_S = 5.0  # how often an owner renews its lock
 PATIENCE_S = 30.0  # without renewal, an owner is presumed dead
+LOST = 2  # the exit code of an owner that was: a launcher must not start it again
 # Of one request; tensorstore's own would take a quarter of an hour.
 RETRIES = {'max_retries': 4, 'initial_delay': '500ms', 'max_delay': '2s'}
 KEY = '.lock'
@@ -55,33 +57,34 @@ def refuse(workdir: Path, owner: Owner | None) -> NoReturn:
 
 
 @contextlib.contextmanager
-def lock(workdir: Path) -> Iterator[None]:
+def lock(workdir: Path) -> Iterator[Callable[[], None]]:
   """Keeps every other process from training in a folder of a bucket.
 
   If the lock has an owner, waits `PATIENCE_S` for it to renew the lock, and otherwise
-  takes it over. If another process takes over this one, because the bucket could not be
-  reached for so long, the main thread is interrupted.
+  takes it over. If another process takes over this one, because it was stopped or could
+  not reach the bucket for so long, this process ends at once with the code `LOST`, as
+  all that it would still write is the other's. Within an interactive Python, the main
+  thread is interrupted instead.
+
+  Yields a function to call before a checkpoint is written: it renews the lock.
 
   Raises: UserError if another owner is alive, the bucket cannot be written, or another
-    process has taken the lock over.
+    process has taken the lock over, in an interactive Python.
   """
   try:
     store = _store(workdir)
-    held = _Held(store, _acquired(workdir, store))
+    held = _Held(workdir, store, _acquired(workdir, store))
   except ValueError as error:  # of tensorstore, for failures of any kind
     if isinstance(error, UserError):
       raise
     reason = first_line(error)
     raise UserError(f'--workdir: cannot write {workdir} ({reason})') from error
   try:
-    yield
+    yield held.check
   except KeyboardInterrupt:
     if not held.lost:
       raise
-    raise UserError(
-      f'{workdir}: the bucket did not answer, and another process took the lock over; '
-      'this one stops'
-    ) from None
+    raise UserError(held.loss) from None
   finally:
     held.release()
 
@@ -89,24 +92,37 @@ def lock(workdir: Path) -> Iterator[None]:
 class _Held:
   """A lock with the thread that renews it."""
 
-  def __init__(self, store: Any, taken: tuple[bytes, bytes]):
+  def __init__(self, workdir: Path, store: Any, taken: tuple[bytes, bytes]):
     self.lost = False
-    self._store = store
+    self.loss = (
+      f'{workdir}: another process took the lock over, as this one did not renew it '
+      f'for {PATIENCE_S:.0f} s; this one stops'
+    )
+    self._store, self._renewing = store, threading.Lock()
     self._content, self._generation = taken
     self._ended = threading.Event()
     self._heartbeat = threading.Thread(target=self._beat, daemon=True)
     self._heartbeat.start()
 
   def _beat(self) -> None:
-    while not self._ended.wait(BEAT_S):
+    while not self.lost and not self._ended.wait(BEAT_S):
+      self.check()
+
+  def check(self) -> None:
+    """Renews the lock; ends the process if another one has taken it over."""
+    with self._renewing:
+      if self.lost or self._ended.is_set():
+        return
       try:
         self.lost = not self._renewed()
-      except ValueError:  # the bucket does not answer; nobody else can write either
-        continue
-      if self.lost and not self._ended.is_set():
-        main = threading.main_thread().ident
-        signal.pthread_kill(main or 0, signal.SIGINT)  # also ends a wait
+      except ValueError:  # the bucket does not answer
         return
+    if self.lost and hasattr(sys, 'ps1'):
+      main = threading.main_thread().ident
+      signal.pthread_kill(main or 0, signal.SIGINT)  # also ends a wait
+    elif self.lost:
+      errors.say(self.loss)
+      os._exit(LOST)  # a normal exit completes checkpoints and rows
 
   def _renewed(self) -> bool:
     written = _write(self._store, self._content, self._generation)

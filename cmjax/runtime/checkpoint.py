@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 import orbax.checkpoint as ocp
 
 from cmjax.core import Params, TrainState, UserError, first_line, unused
-from cmjax.runtime import matching, paths, storage
+from cmjax.runtime import matching, paths, sharding, storage
 
 T = TypeVar('T')
 
@@ -205,7 +205,9 @@ def newest(
 
   Raises: UserError if no checkpoint is intact, or if `read` raises it.
   """
-  folder, steps = _find(path)
+  # All processes read the same, also while a run saves.
+  steps = sharding.from_process_0(lambda: _find(path)[1])
+  folder, _ = _find(path)
   for step in steps:
     with storage.quiet():
       try:

@@ -1,6 +1,6 @@
 """A lock: only one process at a time trains in a work directory."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import fcntl
 import json
@@ -20,18 +20,19 @@ PATIENCE_S = 3 * BEAT_S  # without a touch, an owner on another host is presumed
 
 
 @contextlib.contextmanager
-def lock(workdir: Path) -> Iterator[None]:
+def lock(workdir: Path) -> Iterator[Callable[[], None]]:
   """Makes the folder, and keeps every other process from training in it.
 
   The operating system holds the lock, on the file `.lock`, until the process ends. On a
   file system whose locks are local to a host, an owner on another host is presumed
-  alive as long as it touches the file. In a bucket, see `bucket_lock`.
+  alive as long as it touches the file. In a bucket, see `bucket_lock`, for which the
+  function that this yields is to be called before a checkpoint is written.
 
   Raises: UserError naming the host and the process of another owner.
   """
   if paths.remote(workdir):
-    with bucket_lock.lock(workdir):
-      yield
+    with bucket_lock.lock(workdir) as check:
+      yield check
     return
   try:
     workdir.mkdir(parents=True, exist_ok=True)
@@ -54,7 +55,7 @@ def lock(workdir: Path) -> Iterator[None]:
     heartbeat = threading.Thread(target=_beat, args=(file.fileno(), ended), daemon=True)
     heartbeat.start()
     try:
-      yield
+      yield lambda: None  # the operating system holds it
     finally:
       ended.set()
       heartbeat.join()

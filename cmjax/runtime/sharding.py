@@ -59,18 +59,23 @@ def all_true(value: bool) -> bool:
 
 
 @contextlib.contextmanager
-def on_process_0(context: contextlib.AbstractContextManager[None]) -> Iterator[None]:
-  """Enters a context in process 0 only; if that fails, raises UserError in all."""
+def on_process_0(
+  context: contextlib.AbstractContextManager[T],
+) -> Iterator[T | None]:
+  """Enters a context in process 0 only; if that fails, raises UserError in all.
+
+  Yields what the context does, and None in other processes.
+  """
   with contextlib.ExitStack() as stack:
-    failure = ''
+    failure, value = '', None
     if jax.process_index() == 0:
       try:
-        stack.enter_context(context)
+        value = stack.enter_context(context)
       except (UserError, OSError) as error:  # raised below, in all processes
         failure = str(error)
     if not all_true(not failure):
       raise UserError(failure or 'process 0 failed; its own message says why')
-    yield
+    yield value
 
 
 def from_process_0(compute: Callable[[], T]) -> T:

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from cmjax.core import UserError
-from cmjax.runtime import checkpoint, paths
+from cmjax.runtime import checkpoint, paths, sharding
 from cmjax.runtime.config import overridden, read
 from cmjax.runtime.config_json import from_json, read_json, to_json
 from cmjax.runtime.config_record import (
@@ -44,11 +44,21 @@ def own_config(workdir: Path, trust: Iterable[str] = ()) -> ConfigDict | None:
   Raises: UserError if it cannot be read, or the folder holds weights alone.
   """
   path = workdir / 'config.json'
-  if path.exists():
+
+  def found() -> str:
+    if path.exists():
+      return 'config'
+    if not checkpoint.any_in(workdir):
+      return ''
+    return 'run' if checkpoint.is_run(workdir) else 'weights'
+
+  # One process decides, as a checkpoint is then read by all processes together.
+  kind = sharding.from_process_0(found)
+  if kind == 'config':
     return read_json(path, trust)
-  if not checkpoint.any_in(workdir):
+  if not kind:
     return None
-  if not checkpoint.is_run(workdir):
+  if kind == 'weights':
     raise UserError(
       f'{workdir} holds weights but no run; to train from them give '
       f'--config.init_from={workdir} and another --workdir'
