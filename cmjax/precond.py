@@ -5,7 +5,7 @@ process it was trained on, so that all samplers, teachers and oracles work with 
 models. Computations are in float32 outside the network, in its own dtype inside.
 """
 
-from typing import NamedTuple
+import dataclasses
 
 import jax.numpy as jnp
 
@@ -15,7 +15,8 @@ from cmjax.process import LINEAR, VE, Process, change_process
 from cmjax.process import trigflow as trigflow_process
 
 
-class Denoiser(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Denoiser:
   """D(x, sigma) of `edm`, which keeps its network for a learned weighting."""
 
   network: Network
