@@ -15,6 +15,7 @@ from cmjax.process import LINEAR, VE, Process, change_process
 from cmjax.process import trigflow as trigflow_process
 
 
+# Not NamedTuples, which `jax.jit` does not take as functions.
 @dataclasses.dataclass(frozen=True, eq=False)
 class Denoiser:
   """D(x, sigma) of `edm`, which keeps its network for a learned weighting."""
@@ -90,7 +91,8 @@ def consistency(
   return model
 
 
-class TrigFlow(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrigFlow:
   """f(x, t) = cos t x - sin t sigma_data F(x / sigma_data, t), with f(x, 0) = x.
 
   t is the angle of the TrigFlow process; calls take x and sigma of the VE process.
@@ -131,7 +133,8 @@ def trigflow(network: Network, *, sigma_data: float = 0.5) -> Model:
   return TrigFlow(network, sigma_data)
 
 
-class TwoTime(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class TwoTime:
   """The flow map from t to r of the linear process, x - (t - r) u(x, t, r).
 
   Calls take x and sigma of the VE process.

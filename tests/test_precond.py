@@ -228,3 +228,14 @@ def test_a_network_with_another_number_of_times_is_refused(build, num_times, nee
   match = rf'num_times={needed}, got num_times={num_times}'
   with pytest.raises(ValueError, match=match):
     build(core.Network(None, mixing, num_times=num_times))
+
+
+@pytest.mark.parametrize(
+  'build', [precond.edm, precond.consistency, precond.trigflow, precond.two_time]
+)
+def test_a_model_can_be_compiled_as_it_is(build):
+  net = network(0.5)
+  if build is precond.two_time:
+    net = net._replace(num_times=2)
+  f, x = build(net), jnp.ones((2, 3))
+  jax.jit(f).lower({}, x, jnp.ones(2), None)
