@@ -15,7 +15,7 @@ from cmjax.process import LINEAR, VE, Process, change_process
 from cmjax.process import trigflow as trigflow_process
 
 
-# Not NamedTuples, which `jax.jit` does not take as functions.
+# Not NamedTuples: these have no weak references, which compilation needs.
 @dataclasses.dataclass(frozen=True, eq=False)
 class Denoiser:
   """D(x, sigma) of `edm`, which keeps its network for a learned weighting."""
