@@ -152,9 +152,24 @@ def test_a_teacher_is_also_where_its_student_starts():
   assert config.init_from == 'runs/edm'
 
 
-def test_data_without_a_config_is_refused_by_name():
-  with pytest.raises(core.UserError, match=r"ict\.py:imagenet: no data 'imagenet'"):
-    load('ict.py:imagenet')
+@pytest.mark.parametrize(
+  'name',
+  [
+    *('ict.py:imagenet', 'ect.py:cifar10_2h', 'edm.py:imagenet64_xxl'),
+    *('edm.py:digits_ncsnpp', 'pd.py:ffhq64', 'stable_ct.py:imagenet64_xl'),
+  ],
+)
+def test_data_that_a_config_does_not_list_is_refused_by_name(name):
+  file, _, data = name.partition(':')
+  with pytest.raises(core.UserError, match=rf"{file}:{data}: no data '{data}'; known"):
+    load(name)
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_recipes_of_large_images_are_measured_one_batch_at_a_time(name):
+  """Moments of pixels, or all data in memory, would not fit."""
+  config, (size, _) = load(name), papers.images_of(name.partition(':')[2])
+  assert (size > 32) == ('frechet' not in config.metrics)
 
 
 def test_a_recipe_is_prepared_without_its_files():
