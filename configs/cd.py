@@ -14,8 +14,9 @@ Source:    Song et al. 2023, algorithm 2 and table 3: N = 18 or 40, mu = 0 or 0.
            RAdam 4e-4 (l1: 2e-4), 8e-6 and 1e-5, batch 512 or 2048, 800k or 600k
            iterations; openai/consistency_models_cifar10 and openai/consistency_models
            `launch.sh`: networks, EMAs, second noise levels (lsun_cat256: that of
-           lsun_bedroom256; cifar10: of LPIPS; l1: of l2; cmjax choices); toy2d, digits: optimiser, EMA, metric,
-           weighting and length are cmjax choices; l1 on imagenet64 and lsun is too
+           lsun_bedroom256; cifar10: of LPIPS; l1: of l2; cmjax choices); toy2d, digits:
+           optimiser, EMA, metric, weighting and length are cmjax choices; l1 on
+           imagenet64 and lsun is too
 Differs:   l1 and l2 are summed, not averaged, over pixels; `launch.sh` has a batch of
            256 on LSUN; its ImageNet64 and LSUN runs use float16, these bfloat16, and
            its third EMA, 0.9999 or 0.99994, is left out; ImageNet is TFDS's, not

@@ -111,9 +111,7 @@ def read(name: str | Path, trust: Iterable[str] = ()) -> ConfigDict:
     )
   known = data_of(path.stem) if path.resolve().parent == _shipped_folder() else ()
   if argument and known and argument not in known:
-    raise UserError(
-      f'--config={name}: no data {argument!r}; known: {", ".join(known)}'
-    )
+    raise UserError(f'--config={name}: no data {argument!r}; known: {", ".join(known)}')
   config = _called(path, argument, str(name))
   checked(config)
   return config
