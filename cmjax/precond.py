@@ -3,9 +3,10 @@
 Every model is called on the variance-exploding (VE) process, x = x0 + sigma z, whatever
 process it was trained on, so that all samplers, teachers and oracles work with all
 models. Computations are in float32 outside the network, in its own dtype inside.
+Models that are objects are no NamedTuples, which `jax.jit` does not take as functions.
 """
 
-from typing import NamedTuple
+import dataclasses
 
 import jax.numpy as jnp
 
@@ -15,7 +16,8 @@ from cmjax.process import LINEAR, VE, Process, change_process
 from cmjax.process import trigflow as trigflow_process
 
 
-class Denoiser(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Denoiser:
   """D(x, sigma) of `edm`, which keeps its network for a learned weighting."""
 
   network: Network
@@ -89,7 +91,8 @@ def consistency(
   return model
 
 
-class TrigFlow(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class TrigFlow:
   """f(x, t) = cos t x - sin t sigma_data F(x / sigma_data, t), with f(x, 0) = x.
 
   t is the angle of the TrigFlow process; calls take x and sigma of the VE process.
@@ -130,7 +133,8 @@ def trigflow(network: Network, *, sigma_data: float = 0.5) -> Model:
   return TrigFlow(network, sigma_data)
 
 
-class TwoTime(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class TwoTime:
   """The flow map from t to r of the linear process, x - (t - r) u(x, t, r).
 
   Calls take x and sigma of the VE process.

@@ -228,3 +228,15 @@ def test_a_network_with_another_number_of_times_is_refused(build, num_times, nee
   match = rf'num_times={needed}, got num_times={num_times}'
   with pytest.raises(ValueError, match=match):
     build(core.Network(None, mixing, num_times=num_times))
+
+
+@pytest.mark.parametrize('name', ['edm', 'consistency', 'trigflow', 'two_time'])
+def test_a_model_can_be_compiled_as_a_function(name):
+  network = core.Network(
+    lambda *inputs: {},
+    lambda params, x, c_noise, cond, *, key=None: params * x,
+    2 if name == 'two_time' else 1,
+  )
+  f, x, sigma = getattr(precond, name)(network), jnp.ones((2, 3)), jnp.ones(2)
+  compiled = jax.jit(f)(0.5, x, sigma, None)
+  np.testing.assert_allclose(compiled, f(0.5, x, sigma, None), rtol=1e-6)  # a rounding
