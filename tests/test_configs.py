@@ -77,6 +77,11 @@ def shrunken(name):
   return config
 
 
+@functools.cache  # 15 M numbers, in eight configs
+def _random_lpips():
+  return core.Perceptual(jax.jit(lpips.init)(jax.random.key(2)))
+
+
 @pytest.fixture
 def stand_ins(monkeypatch):
   """For data that a fresh machine does not have, and for trained networks."""
@@ -93,7 +98,7 @@ def stand_ins(monkeypatch):
 
   @functools.wraps(vision.load_lpips)
   def random_lpips(**keywords):
-    return core.Perceptual(jax.jit(lpips.init)(jax.random.key(2)))
+    return _random_lpips()
 
   def teacher_of(config):
     def load(path, *, trust, mesh, say):
