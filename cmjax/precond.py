@@ -3,6 +3,7 @@
 Every model is called on the variance-exploding (VE) process, x = x0 + sigma z, whatever
 process it was trained on, so that all samplers, teachers and oracles work with all
 models. Computations are in float32 outside the network, in its own dtype inside.
+Models that are objects are no NamedTuples, which `jax.jit` does not take as functions.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ from cmjax.process import trigflow as trigflow_process
 
 
 # Not NamedTuples: these have no weak references, which compilation needs.
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Denoiser:
   """D(x, sigma) of `edm`, which keeps its network for a learned weighting."""
 
@@ -91,7 +92,7 @@ def consistency(
   return model
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class TrigFlow:
   """f(x, t) = cos t x - sin t sigma_data F(x / sigma_data, t), with f(x, 0) = x.
 
@@ -133,7 +134,7 @@ def trigflow(network: Network, *, sigma_data: float = 0.5) -> Model:
   return TrigFlow(network, sigma_data)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class TwoTime:
   """The flow map from t to r of the linear process, x - (t - r) u(x, t, r).
 

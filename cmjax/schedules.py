@@ -117,7 +117,8 @@ def power(*, relative_std: float) -> Schedule:
 
   def schedule(step):
     k = jnp.asarray(step, jnp.float32) + 1.0
-    return (1.0 - 1.0 / k) ** (gamma + 1.0)
+    # Not (1 - 1/k)^(gamma + 1): rounding 1 - 1/k changes 1 - decay by 2^-25 k of it.
+    return jnp.exp((gamma + 1.0) * jnp.log1p(-1.0 / k))
 
   return schedule
 

@@ -6,15 +6,17 @@ Data:      cifar10; imagenet64; lsun_bedroom256 and lsun_cat256, which need
            --config.data.path; each with the squared l2 norm, or with the suffix _l1 or
            _lpips, whose weights are config.perceptual.vgg and heads. The teacher has
            the same network: edm:cifar10_ncsnpp, edm:imagenet64, edm:lsun_bedroom256, or
-           the released edm_* files of OpenAI
+           the released edm_* files of OpenAI, for the .pt files of which also give
+           --config.network.noise_scale=1000, as they were trained
 Hardware:  toy2d, digits: two CPU cores, two minutes; the others: not run, compiled for
            TPUs (configs/README.md)
 Source:    Song et al. 2023, algorithm 2 and table 3: N = 18 or 40, mu = 0 or 0.95,
            RAdam 4e-4 (l1: 2e-4), 8e-6 and 1e-5, batch 512 or 2048, 800k or 600k
            iterations; openai/consistency_models_cifar10 and openai/consistency_models
            `launch.sh`: networks, EMAs, second noise levels (lsun_cat256: that of
-           lsun_bedroom256, a cmjax choice); toy2d, digits: optimiser, EMA, metric,
-           weighting and length are cmjax choices; l1 on imagenet64 and lsun is too
+           lsun_bedroom256; cifar10: of LPIPS; l1: of l2; cmjax choices); toy2d, digits:
+           optimiser, EMA, metric, weighting and length are cmjax choices; l1 on
+           imagenet64 and lsun is too
 Differs:   l1 and l2 are summed, not averaged, over pixels; `launch.sh` has a batch of
            256 on LSUN; its ImageNet64 and LSUN runs use float16, these bfloat16, and
            its third EMA, 0.9999 or 0.99994, is left out; ImageNet is TFDS's, not

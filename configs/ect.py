@@ -2,9 +2,10 @@
 
 Command:   cmjax --config=ect:digits --workdir=runs/ect
              --config.init_from=runs/edm
-Data:      cifar10, its one-hour run cifar10_1h; imagenet64 in EDM2-S, and _m, _l, _xl;
-           ffhq64, which needs --config.data.path. init_from: edm:cifar10, edm:ffhq64,
-           edm:imagenet64_s to _xl, or the released files of NVlabs/edm and edm2
+Data:      cifar10, with labels cifar10_cond, its one-hour run cifar10_1h; imagenet64
+           in EDM2-S, and _m, _l, _xl; ffhq64, which needs --config.data.path;
+           init_from: edm:cifar10, edm:ffhq64, edm:imagenet64_s to _xl, or the released
+           files of NVlabs/edm and edm2
 Hardware:  digits: two CPU cores, about three minutes; toy2d one; cifar10: 20 steps of a
            narrow network on two CPU cores; all images: compiled for TPUs
            (configs/README.md; launch/README.md, "Compile for a TPU without one")

@@ -13,8 +13,9 @@ Source:    objective, sampler and noise levels of Karras et al. 2022, table 1; c
            length cmjax choice
 Differs:   cifar10, ffhq64: images are reflected over their whole width before
            augmentation; cifar10_ncsnpp, without augmentation, is the teacher of Song et
-           al. 2023, whose EMA has no ramp-up; imagenet64: TFDS's images; EDM2: EDM's
-           weighting times the learned one, and bfloat16
+           al. 2023, whose EMA has no ramp-up, and which takes 400,000 steps; lsun: no
+           EMA of 0.999; imagenet64: TFDS's images; EDM2: EDM's weighting times the
+           learned one, and bfloat16
 Expected:  digits: pixel Frechet distance <= 0.12, label agreement >= 0.98; FID: cifar10
            1.97, cifar10_cond 1.79, cifar10_ncsnpp 2.04, at 35 evaluations;
            imagenet64 1.36 at 511; lsun_bedroom256 3.57, lsun_cat256 6.69

@@ -99,7 +99,8 @@ def on(data: str) -> parts.Config:
   """`parts.on`, also for ffhq64, imagenet64, lsun_bedroom256 and lsun_cat256.
 
   On these the network computes in bfloat16 (the papers: float16), recomputes its blocks
-  and shards its state, to fit in memory (cmjax choice).
+  and shards its state, to fit in memory (cmjax choice), and the metric is the FID of
+  50,000 samples, whose weights are needed by --mode=evaluate alone.
   """
   if data not in _LARGE:
     return parts.on(data)
@@ -114,6 +115,8 @@ def on(data: str) -> parts.Config:
     c.accumulate = 2
   c.network.update(dtype='bfloat16', remat=True)
   c.mesh.fsdp = True
+  c.metrics = dict(inception=parts.fid('edm'))
+  c.evaluation.num_samples = 50_000
   return c
 
 
@@ -132,6 +135,7 @@ def consistency_models(data: str) -> parts.Config:
     c.ema = dict(slow=parts.constant(0.9999))
   elif data in _LARGE:
     c.batch_size = 2048
+    c.metrics = dict(inception=parts.fid('truncate'))
     fast = 0.999 if data == 'imagenet64' else 0.9999
     c.ema = dict(fast=parts.constant(fast), slow=parts.constant(0.9999432189950708))
   return c

@@ -10,7 +10,10 @@ REQUIRED = '?'  # must be given: --config.KEY=VALUE
 # The data sets that every config takes: --config=OBJECTIVE:DATA.
 DATA = ('toy2d', 'digits', 'cifar10')
 # And those that one config takes as well, besides the recipes of papers.py.
-MORE_DATA = {'stable_ct': ('toy2d_phased', 'digits_phased', 'cifar10_phased')}
+MORE_DATA = {
+  'ect': ('cifar10_cond',),
+  'stable_ct': ('toy2d_phased', 'digits_phased', 'cifar10_phased'),
+}
 
 
 Config = Any  # a ConfigDict; type checkers do not know the types of its values
@@ -515,6 +518,21 @@ def two_steps(sigma_min: float = 0.0, middle: float = 0.821) -> dict:
 def pixel_metrics() -> dict:
   """Frechet distance on pixels: not an FID."""
   return dict(frechet=dict(fn='cmjax.metrics.pixels:pixel_frechet'))
+
+
+def fid(quantisation: str) -> dict:
+  """FID against all data, by the weights that `path` names in the current folder.
+
+  quantisation: 'edm', or 'truncate' as OpenAI; see cmjax/metrics/README.md.
+  """
+  network = dict(
+    fn='cmjax.port.vision:inception_features',
+    path='pt_inception-2015-12-05-6726825d.pth',
+    resize='tensorflow1',
+  )
+  return dict(
+    fn='cmjax.metrics.features:distances', network=network, quantisation=quantisation
+  )
 
 
 def digits_metrics() -> dict:

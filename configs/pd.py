@@ -3,7 +3,7 @@
 Command:   cmjax --config=pd:digits --workdir=runs/pd
              --config.init_from=runs/edm
 Data:      cifar10, imagenet64, lsun_bedroom256, lsun_cat256; init_from as the teacher
-           of `cd`
+           of `cd`, with the same noise_scale
 Hardware:  toy2d, digits: two CPU cores, one minute; the others: not run, compiled for
            TPUs (configs/README.md)
 Source:    Salimans & Ho 2022, algorithm 2; cifar10: openai/consistency_models_cifar10,

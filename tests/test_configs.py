@@ -31,8 +31,7 @@ RECIPES = [name.replace(':', '.py:') for name in papers.RECIPES]
 # Every objective takes steps on digits, and every kind of U-Net in one recipe; all
 # recipes do with CMJAX_THOROUGH=1.
 STEPPING = [
-  *('cd.py:imagenet64_lpips', 'ict.py:cifar10_deep', 'edm.py:imagenet64_s'),
-  'ect.py:ffhq64',
+  *('cd.py:imagenet64_lpips', 'ict.py:cifar10', 'edm.py:imagenet64_s'),
 ]
 THOROUGH = bool(os.environ.get('CMJAX_THOROUGH'))
 if THOROUGH:
@@ -78,6 +77,11 @@ def shrunken(name):
   return config
 
 
+@functools.cache  # 15 M numbers, in eight configs
+def _random_lpips():
+  return core.Perceptual(jax.jit(lpips.init)(jax.random.key(2)))
+
+
 @pytest.fixture
 def stand_ins(monkeypatch):
   """For data that a fresh machine does not have, and for trained networks."""
@@ -94,7 +98,7 @@ def stand_ins(monkeypatch):
 
   @functools.wraps(vision.load_lpips)
   def random_lpips(**keywords):
-    return core.Perceptual(jax.jit(lpips.init)(jax.random.key(2)))
+    return _random_lpips()
 
   def teacher_of(config):
     def load(path, *, trust, mesh, say):
@@ -152,9 +156,24 @@ def test_a_teacher_is_also_where_its_student_starts():
   assert config.init_from == 'runs/edm'
 
 
-def test_data_without_a_config_is_refused_by_name():
-  with pytest.raises(core.UserError, match=r"ict\.py:imagenet: no data 'imagenet'"):
-    load('ict.py:imagenet')
+@pytest.mark.parametrize(
+  'name',
+  [
+    *('ict.py:imagenet', 'ect.py:cifar10_2h', 'edm.py:imagenet64_xxl'),
+    *('edm.py:digits_ncsnpp', 'pd.py:ffhq64', 'stable_ct.py:imagenet64_xl'),
+  ],
+)
+def test_data_that_a_config_does_not_list_is_refused_by_name(name):
+  file, _, data = name.partition(':')
+  with pytest.raises(core.UserError, match=rf"{file}:{data}: no data '{data}'; known"):
+    load(name)
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_recipes_of_large_images_are_measured_one_batch_at_a_time(name):
+  """Moments of pixels, or all data in memory, would not fit."""
+  config, (size, _) = load(name), papers.images_of(name.partition(':')[2])
+  assert (size > 32) == ('frechet' not in config.metrics)
 
 
 def test_a_recipe_is_prepared_without_its_files():
@@ -177,21 +196,26 @@ def test_a_recipe_is_prepared_without_its_files():
     prepare(blank, sharding.data_mesh(jax.devices()[:1]))
 
 
-_TRACED = set()  # the functions of the configs that have been traced
+_TRACED = set()  # what the traced configs of each file name
+_DECIDE = ('network', 'precond', 'objective', 'target_decay', 'reference', 'samplers')
 
 
-def functions(config):
-  """What decides which program is traced: all values but numbers."""
+def named(name, config):
+  """The functions and other texts that decide which program is traced, by file."""
   values = flat(checked(config)).items()
-  return frozenset((k, v) for k, v in values if not isinstance(v, int | float | tuple))
+  return {
+    (name.partition(':')[0], key, value)
+    for key, value in values
+    if key.split('.')[1] in _DECIDE and isinstance(value, str)
+  }
 
 
 @pytest.mark.parametrize('name', CONFIGS)
 def test_config_can_be_trained(name, stand_ins, monkeypatch):
-  traced = functions(shrunken(name))
-  if traced in _TRACED and not THOROUGH:  # then everything is built and checked alone
+  parts_of_it = named(name, shrunken(name))
+  if parts_of_it <= _TRACED and not THOROUGH:  # then it is built and checked alone
     monkeypatch.setattr(runtime_run, '_try_abstractly', lambda run: None)
-  _TRACED.add(traced)
+  _TRACED.update(parts_of_it)
   run = prepared(name, stand_ins)
   assert run.config.sample_weights != checkpoint.ONLINE
   assert any(name.endswith('.learning_rate') for name in run.schedules)
@@ -204,7 +228,8 @@ TAKING = [f'{path.name}:digits' for path in FILES] + STEPPING
 
 
 @pytest.mark.parametrize('name', TAKING)
-def test_config_takes_two_steps(name, stand_ins):
+def test_config_takes_two_steps(name, stand_ins, monkeypatch):
+  monkeypatch.setattr(runtime_run, '_try_abstractly', lambda run: None)  # steps trace
   run = prepared(name, stand_ins)
   before = train.first_state(run)
   step = jax.jit(

@@ -179,6 +179,18 @@ def test_power_average_has_the_mean_and_width_of_its_profile(relative_std):
   assert width == pytest.approx(relative_std, abs=1 / steps)
 
 
+@PLAIN_AND_COMPILED
+@pytest.mark.parametrize('relative_std', [0.01, 0.05, 0.1])
+def test_power_average_keeps_its_precision_late_in_a_run(relative_std, compiled):
+  steps = np.concatenate([np.arange(327_000, 327_100), [1_048_575, 30_000_000]])
+  found = compiled(schedules.power(relative_std=relative_std))(jnp.asarray(steps))
+  exponent = schedules.power_gamma(relative_std) + 1
+  exact = np.exp(exponent * np.log1p(-1 / (steps + 1)))
+  # Half the spacing of float32 below 1 is 3e-8, which is what it measures; that of
+  # (1 - 1/k)^(gamma + 1) in float32 is 2.1e-7 to 2.6e-6, up to 0.8 of 1 - decay.
+  np.testing.assert_allclose(np.float64(found), exact, rtol=0, atol=1.2e-7)
+
+
 def test_power_average_starts_as_the_first_value():
   assert schedules.power(relative_std=0.1)(0) == 0.0
 

@@ -25,7 +25,8 @@ def denoising_loss(
   e^u(t) w(t) |D(x_t, t) - x0|^2 / D - u(t).
 
   Source: Karras et al. 2022 (EDM), eq. (2); Karras et al. 2024 (EDM2), eq. (21), where
-    u has the other sign and the loss is D times as large, which Adam does not see.
+    u has the other sign, and the loss, which is D times as large, changes Adam only
+    through its epsilon.
   """
   x_t, t, cond, key = noisy
   y = f(nets.online, x_t, t, cond, key=key)

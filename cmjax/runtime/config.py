@@ -109,6 +109,9 @@ def read(name: str | Path, trust: Iterable[str] = ()) -> ConfigDict:
     raise UserError(
       f'--config: no file {file!r}; cmjax --mode=configs lists the configs that ship'
     )
+  known = data_of(path.stem) if path.resolve().parent == _shipped_folder() else ()
+  if argument and known and argument not in known:
+    raise UserError(f'--config={name}: no data {argument!r}; known: {", ".join(known)}')
   config = _called(path, argument, str(name))
   checked(config)
   return config
