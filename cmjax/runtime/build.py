@@ -161,7 +161,8 @@ def _value(
     # optax annotates optimisers and schedules with its own types.
     inner = OPTAX_PARTS if path.startswith('optax') else annotation
     return build(value, where, None if is_silent(inner) else inner, **given)
-  if value is not None and any(map(_is_function, members_of(annotation))):
+  others = [kind for kind in members_of(annotation) if not _is_function(kind)]
+  if not others or (others == [type(None)] and value is not None):
     raise UserError(f"{where}: needs fn='package.module:function', got {value!r}")
   check_value(value, annotation, where)
   if path.startswith('optax'):
