@@ -3,7 +3,7 @@
 Every model is called on the variance-exploding (VE) process, x = x0 + sigma z, whatever
 process it was trained on, so that all samplers, teachers and oracles work with all
 models. Computations are in float32 outside the network, in its own dtype inside.
-Models that are objects are no NamedTuples, which `jax.jit` does not take as functions.
+Models that are objects are no NamedTuples, which cannot be compiled as functions.
 """
 
 import dataclasses
