@@ -220,8 +220,8 @@ def _placed(
   return sharding.place(params, jax.tree.map(lambda a: a.sharding, like)), unread
 
 
-# Parameters that a model may have and its first weights not, by setting of the network.
-_MAY_BE_NEW = {LOG_WEIGHT: 'log_weight', MAP_AUGMENT: 'augment'}
+# Parameters that a model or its first weights may lack, by setting of the network.
+_OPTIONAL = {LOG_WEIGHT: 'log_weight', MAP_AUGMENT: 'augment'}
 
 
 def load_weights(
@@ -230,24 +230,25 @@ def load_weights(
   """The weights that a run samples from, in the shapes of `like`, and its config.
 
   The path may be that of a file, as for `load`. The parameters of a learned weighting,
-  or of labels of an augmentation, that only `like` has are set to zero; those of such
-  labels that only the checkpoint has are left out, as if the labels were zero.
+  or of labels of an augmentation, that only `like` has are set to zero; those that only
+  the checkpoint has are left out, and reported.
 
   Raises: UserError if there is no checkpoint, or it is of another network.
   """
   if paths.is_file(paths.path(path)):
     file = _open_file(path, '', ())
-    has, of = file.plan.network, _MAY_BE_NEW
+    has, of = file.plan.network, _OPTIONAL
     stored = {k: v for k, v in like.items() if k not in of or has.get(of[k])}
     params, _ = _placed(file.plan, stored, path, say)
     return _with_zeros(params, like), file.config
 
   def read_step(step, meta):
     config: Any = from_json(meta['config'], str(path))
-    if MAP_AUGMENT not in like and config.network.get('augment', 0):
-      say(f'{path}: weights that are not used: {MAP_AUGMENT}')
+    for name, setting in _OPTIONAL.items():
+      if name not in like and config.network.get(setting, 0):
+        say(f'{path}: weights that are not used: {name}')
     held = snapshots.widths_in(meta, path)
-    may_differ = matching.MayDiffer(tuple(_MAY_BE_NEW), (MAP_AUGMENT,))
+    may_differ = matching.MayDiffer(tuple(_OPTIONAL), tuple(_OPTIONAL))
     chosen = snapshots.Chosen(config, '', held, like, may_differ)
     params = snapshots.read(path, step, chosen, say)
     return _with_zeros(params, like), config
