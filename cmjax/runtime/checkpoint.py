@@ -7,7 +7,7 @@ itself. A step is committed as a whole or not at all, and restored arrays are co
 with their hashes.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 import contextlib
 from pathlib import Path
 from typing import Any, TypeVar
@@ -235,7 +235,7 @@ def read_weights(
   step: int,
   name: str,
   like: Params,
-  may_differ: matching.MayDiffer = matching.SAME,
+  optional: Collection[str] = (),
 ) -> Params:
   """One set of weights, in the shapes and shardings of `like`.
 
@@ -244,7 +244,7 @@ def read_weights(
     step: which checkpoint.
     name: `online`, `target` or the name of an EMA.
     like: the abstract parameters.
-    may_differ: entries that are left out if only one of the two has them.
+    optional: entries that are left out if only one of the two has them.
 
   Raises: UserError if the checkpoint has no such weights, or those of another network,
     naming the first parameter that differs; ValueError if a checksum differs, or
@@ -260,7 +260,7 @@ def read_weights(
     names += sorted(i.removeprefix('ema.') for i in records if i.startswith('ema.'))
     raise UserError(f'{path}: no weights {name!r}; choose from {", ".join(names)}')
   saved = records[item]
-  fitted, dropped = matching.fitted(path, saved, like, may_differ)
+  fitted, dropped = matching.fitted(path, saved, like, optional)
   params = storage.read(folder, step, {item: fitted | dropped}).items[item]
   return {key: value for key, value in params.items() if key not in dropped}
 

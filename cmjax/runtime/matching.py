@@ -1,8 +1,7 @@
 """Whether the weights of a checkpoint are those of a network."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 
@@ -10,21 +9,11 @@ from cmjax.core import Params, UserError
 from cmjax.runtime import checksums, sharding
 
 
-class MayDiffer(NamedTuple):
-  """Top-level entries that only one of checkpoint and network may have."""
-
-  new: tuple[str, ...] = ()  # the network
-  unused: tuple[str, ...] = ()  # the checkpoint
-
-
-SAME = MayDiffer()
-
-
 def fitted(
   path: str | Path,
   saved: Mapping[str, checksums.Record],
   like: Params,
-  may_differ: MayDiffer,
+  optional: Collection[str],
 ) -> tuple[Params, Params]:
   """`like` without what is not saved, and what is saved besides it, both abstract.
 
@@ -32,14 +21,14 @@ def fitted(
     path: of the checkpoint, for errors.
     saved: the records of its weights.
     like: the abstract parameters of the network.
-    may_differ: in which entries they may differ.
+    optional: top-level entries that only one of the two may have.
 
   Raises: UserError naming the first parameter that differs otherwise.
   """
   entries = {key.partition('/')[0] for key in saved}
-  lacking = set(may_differ.new) - entries
+  lacking = set(optional) - entries
   fitting = {key: tree for key, tree in like.items() if key not in lacking}
-  unused = set(may_differ.unused) - like.keys()
+  unused = set(optional) - like.keys()
   mesh = jax.tree.leaves(like)[0].sharding.mesh
   dropped: Params = {}
   for key, record in saved.items():

@@ -13,7 +13,7 @@ import numpy as np
 
 from cmjax.core import LOG_WEIGHT, MAP_AUGMENT, Model, Network, Params, UserError
 from cmjax.port import names, read, released, write
-from cmjax.runtime import build, checkpoint, matching, paths, sharding, snapshots
+from cmjax.runtime import build, checkpoint, paths, sharding, snapshots
 from cmjax.runtime.config_json import from_json, to_json
 from cmjax.runtime.config_record import ConfigDict, completed
 from cmjax.runtime.overrides import override
@@ -248,8 +248,7 @@ def load_weights(
       if name not in like and config.network.get(setting, 0):
         say(f'{path}: weights that are not used: {name}')
     held = snapshots.widths_in(meta, path)
-    may_differ = matching.MayDiffer(tuple(_OPTIONAL), tuple(_OPTIONAL))
-    chosen = snapshots.Chosen(config, '', held, like, may_differ)
+    chosen = snapshots.Chosen(config, '', held, like, tuple(_OPTIONAL))
     params = snapshots.read(path, step, chosen, say)
     return _with_zeros(params, like), config
 

@@ -4,7 +4,7 @@ A snapshot is kept for good, in `snapshots/STEP` of a work directory: the EMAs o
 `cmjax.schedules:power`, saved, hashed and committed as a checkpoint is.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 import contextlib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ import jax
 
 from cmjax import ema
 from cmjax.core import Params, TrainState, UserError, first_line
-from cmjax.runtime import checkpoint, logs, matching, paths, sharding, storage
+from cmjax.runtime import checkpoint, logs, paths, sharding, storage
 from cmjax.runtime.build import check_value, path_of
 from cmjax.runtime.config_record import Config
 from cmjax.runtime.errors import user_errors
@@ -82,7 +82,7 @@ class Chosen(NamedTuple):
   name: str  # empty: those that the config samples from
   held: Mapping[str, float]  # `widths_in` of the meta
   like: Params  # abstract parameters
-  may_differ: matching.MayDiffer = matching.SAME
+  optional: Collection[str] = ()
 
 
 def read(
@@ -95,17 +95,17 @@ def read(
 
   Raises: UserError if there are no such weights, or they are of another network.
   """
-  config, name, held, like, may_differ = chosen
+  config, name, held, like, optional = chosen
   relative_std: Any = getattr(config, 'sample_relative_std', 0.0)
   check_value(relative_std, float, _KEY)
   if relative_std > 0 and not name:
-    return put_together(path, step, relative_std, like, may_differ, say=say)
+    return put_together(path, step, relative_std, like, optional, say=say)
   name = name or str(config.sample_weights)
   if held and not chosen.name and name not in held:
     narrowest = min(held, key=lambda name: held[name])
     say(f'{path}: a snapshot, which has no weights {name!r}; opened {narrowest!r}')
     name = narrowest
-  return checkpoint.read_weights(path, step, name, like, may_differ)
+  return checkpoint.read_weights(path, step, name, like, optional)
 
 
 def put_together(
@@ -113,7 +113,7 @@ def put_together(
   step: int,
   relative_std: float,
   like: Params,
-  may_differ: matching.MayDiffer = matching.SAME,
+  optional: Collection[str] = (),
   *,
   say: Callable[[str], None],
 ) -> Params:
@@ -124,7 +124,7 @@ def put_together(
     step: the average ends at the newest snapshot up to this step.
     relative_std: its width, a standard deviation relative to the training time.
     like: the abstract parameters.
-    may_differ: as for `checkpoint.read_weights`.
+    optional: as for `checkpoint.read_weights`.
     say: receives a line if the newest snapshot is older than the step.
 
   Raises: UserError if there are no snapshots, one of them is damaged or of another
@@ -168,7 +168,7 @@ def put_together(
     for at, name in found:
       path = folder / str(at)
       with _damage_reported(path):
-        tree = checkpoint.read_weights(path, at, name, wanted, may_differ)
+        tree = checkpoint.read_weights(path, at, name, wanted, optional)
       yield tree
 
   params = ema.combine(made.weights.tolist(), trees())
