@@ -848,7 +848,10 @@ def test_a_dry_run_shows_config_parameters_and_schedules(answers):
   assert (config['batch_size'], config['network']['width']) == (8, 16)
   assert 'input/kernel' in out
   assert '| config.optimizer.learning_rate | ' in out
-  assert '1,797 examples of shape (8, 8, 1); 3 steps of 8 on 8 cpu device(s)' in out
+  assert (
+    '1,797 examples of shape (8, 8, 1) in memory; 3 steps of 8 on 8 cpu device(s)'
+    in out
+  )
   code, out, err = answers[0]['dry run of what must be given']
   assert code == 0, err
   assert '"init_from": "?"' in out
