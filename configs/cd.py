@@ -8,8 +8,8 @@ Data:      cifar10; imagenet64; lsun_bedroom256 and lsun_cat256, which need
            the same network: edm:cifar10_ncsnpp, edm:imagenet64, edm:lsun_bedroom256, or
            the released edm_* files of OpenAI, for the .pt files of which also give
            --config.network.noise_scale=1000, as they were trained
-Hardware:  toy2d, digits: two CPU cores, two minutes; the others: not run, compiled for
-           TPUs (configs/README.md)
+Hardware:  toy2d, digits: two CPU cores, two minutes; the others: not run; TPUs:
+           configs/README.md, "Recipes"
 Source:    Song et al. 2023, algorithm 2 and table 3: N = 18 or 40, mu = 0 or 0.95,
            RAdam 4e-4 (l1: 2e-4), 8e-6 and 1e-5, batch 512 or 2048, 800k or 600k
            iterations; openai/consistency_models_cifar10 and openai/consistency_models

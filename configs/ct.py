@@ -2,8 +2,8 @@
 
 Command:   cmjax --config=ct:toy2d --workdir=runs/ct
 Data:      as in `cd`, with the same suffixes, without a teacher
-Hardware:  toy2d, digits: two CPU cores, two minutes; the others: not run, compiled for
-           TPUs (configs/README.md)
+Hardware:  toy2d, digits: two CPU cores, two minutes; the others: not run; TPUs:
+           configs/README.md, "Recipes"
 Source:    Song et al. 2023, algorithm 3 and table 3: N(k) and mu(k) of appendix C, s1 =
            150 (imagenet64: 200), mu0 = 0.9 (the larger images: 0.95), batch 512 or
            2048, 800k iterations (LSUN: 1M); learning rates 4e-4, 1e-4 and 5e-5, EMAs

@@ -7,7 +7,7 @@ Data:      cifar10, with labels cifar10_cond, its one-hour run cifar10_1h; image
            init_from: edm:cifar10, edm:ffhq64, edm:imagenet64_s to _xl, or the released
            files of NVlabs/edm and edm2
 Hardware:  digits: two CPU cores, about three minutes; toy2d one; cifar10: 20 steps of a
-           narrow network on two CPU cores; all images: compiled for TPUs
+           narrow network on two CPU cores; TPUs: "Recipes"
            (configs/README.md; launch/README.md, "Compile for a TPU without one")
 Source:    Geng et al. 2024 (ECT); cifar10: locuslab/ect `run_ecm.sh`, and cifar10_1h
            `run_ecm_1hour.sh`; toy2d, digits: smooth stages, optimiser and length are

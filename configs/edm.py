@@ -5,7 +5,7 @@ Data:      cifar10 in DDPM++, cifar10_cond with labels, cifar10_ncsnpp in NCSN++
            imagenet64 in ADM, imagenet64_s, _m, _l, _xl in EDM2; ffhq64, lsun_bedroom256
            and lsun_cat256, which need --config.data.path
 Hardware:  toy2d, digits: two CPU cores, a minute; the others: not trained to the end,
-           compiled for TPUs (configs/README.md)
+           TPUs: configs/README.md, "Recipes"
 Source:    objective, sampler and noise levels of Karras et al. 2022, table 1; cifar10,
            ffhq64, imagenet64: NVlabs/edm `train.py` and README; lsun: Song et al. 2023,
            table 3 and appendix C, openai/consistency_models `launch.sh`; imagenet64_s

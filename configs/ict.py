@@ -2,8 +2,8 @@
 
 Command:   cmjax --config=ict:digits --workdir=runs/ict
 Data:      cifar10 and imagenet64; with the suffix _deep twice the residual blocks
-Hardware:  toy2d, digits: two CPU cores, two minutes; the others: not run, compiled for
-           TPUs (configs/README.md)
+Hardware:  toy2d, digits: two CPU cores, two minutes; the others: not run; TPUs:
+           configs/README.md, "Recipes"
 Source:    Song & Dhariwal 2023 (iCT), tables 1 and 4: N(k) from 11 to 1281, RAdam 1e-4;
            cifar10: NCSN++ with a Fourier embedding of scale 0.02, batch 1024, 400k
            iterations, EMA 0.99993, dropout 0.3; imagenet64: ADM without FiLM, batch

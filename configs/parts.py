@@ -221,6 +221,16 @@ def _mlp(width: int, num_blocks: int, noise_scale: float) -> dict:
   )
 
 
+_UNET = dict(
+  noise_scale=1.0,
+  num_times=1,
+  log_weight=False,
+  dtype='float32',  # or bfloat16
+  attention_implementation='exact',  # or chunked, fused
+  remat=False,
+)
+
+
 def ddpmpp(dropout: float, channel_mult: tuple[int, ...] = (2, 2, 2)) -> dict:
   """DDPM++ for 32x32 images, 55.7 M parameters; NVlabs/edm `train.py`.
 
@@ -233,12 +243,7 @@ def ddpmpp(dropout: float, channel_mult: tuple[int, ...] = (2, 2, 2)) -> dict:
     num_blocks=4,
     attention_resolutions=(16,),
     dropout=dropout,
-    noise_scale=1.0,
-    num_times=1,
-    log_weight=False,
-    dtype='float32',  # or bfloat16
-    attention_implementation='exact',  # or chunked, fused
-    remat=False,
+    **_UNET,
   )
 
 
@@ -264,12 +269,7 @@ def adm(film: bool = True, num_blocks: int = 3) -> dict:
     film=film,
     dropout=0.0,
     dropout_resolution=1024,
-    noise_scale=1.0,
-    num_times=1,
-    log_weight=False,
-    attention_implementation='exact',
-    remat=False,
-    dtype='float32',
+    **_UNET,
   )
 
 
@@ -293,12 +293,7 @@ def edm2(channels: int, dropout: float) -> dict:
     attention_resolutions=(16, 8),
     dropout=dropout,
     dropout_resolution=16,
-    noise_scale=1.0,
-    num_times=1,
-    log_weight=False,
-    attention_implementation='exact',
-    remat=False,
-    dtype='float32',
+    **_UNET,
   )
 
 

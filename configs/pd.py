@@ -4,8 +4,8 @@ Command:   cmjax --config=pd:digits --workdir=runs/pd
              --config.init_from=runs/edm
 Data:      cifar10, imagenet64, lsun_bedroom256, lsun_cat256; init_from as the teacher
            of `cd`, with the same noise_scale
-Hardware:  toy2d, digits: two CPU cores, one minute; the others: not run, compiled for
-           TPUs (configs/README.md)
+Hardware:  toy2d, digits: two CPU cores, one minute; the others: not run; TPUs:
+           configs/README.md, "Recipes"
 Source:    Salimans & Ho 2022, algorithm 2; cifar10: openai/consistency_models_cifar10,
            from 4096 steps, Adam 5e-5 falling to zero in each stage of 50,000
            iterations, gradients clipped to 1; toy2d, digits: from 16 steps, stages,

@@ -5,7 +5,7 @@ Command:   cmjax --config=stable_ct:digits --workdir=runs/stable_ct
 Data:      cifar10, cifar10_cond with labels; imagenet64 in EDM2-S, and _m; init_from as
            in `ect`
 Hardware:  toy2d, digits: two CPU cores, one to two minutes; the others: not run,
-           compiled for TPUs (configs/README.md)
+           TPUs: configs/README.md, "Recipes"
 Source:    Wang et al. 2024 (Stable Consistency Tuning): target, 1 / (t - r), the rest
            as in `ect`. Their equations are not public: smooth stages, c and the
            threshold, 3 sqrt(features / 3072), below which the posterior is one example,

@@ -21,7 +21,7 @@ MAX_SAMPLERS = 12
 
 
 def safely(section: Callable[..., Markup], *arguments: Any) -> Markup:
-  """What `section` returns; a sentence instead if a file holds what nobody expects."""
+  """What `section` returns; a sentence instead if a file cannot be shown."""
   try:
     return section(*arguments)
   except Exception as error:  # of any kind, as a file may hold anything

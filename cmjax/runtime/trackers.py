@@ -89,7 +89,7 @@ def wandb(
     workdir: the work directory.
     config: the config of the run.
 
-  Raises: ValueError if there is no login or no network; nobody is asked for a login.
+  Raises: ValueError if there is no login or no network; it never prompts for one.
   """
   environment = dict(
     WANDB_SILENT='true',

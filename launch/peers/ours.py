@@ -17,11 +17,6 @@ from cmjax.runtime.run import prepare
 from cmjax.runtime.state import first_state, weights
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
-NETWORKS = {
-  'ect': {},
-  # The NCSN++ of jcm; the CT config of cmjax has DDPM++.
-  'jcm': {'embedding': 'fourier', 'residual_input': True, 'taps': (1, 3, 3, 1)},
-}
 
 
 def build(task: dict[str, Any]) -> dict[str, Any]:
@@ -56,7 +51,6 @@ def _config(task: dict[str, Any]) -> ConfigDict:
     dict(c.network)
     | {key: task[key] for key in ('channels', 'num_blocks')}
     | {'dtype': task['precision']}
-    | NETWORKS[task['peer']]
   )
   c.batch_size = c.evaluation.batch_size = task['batch']
   c.init_from = ''
