@@ -60,6 +60,19 @@ def test_a_sample_depends_on_its_index_and_the_seed_alone(one_device):
   np.testing.assert_array_equal(painted, first.labels)
 
 
+def test_drawing_again_does_not_trace_again(one_device):
+  traces = []
+
+  def counted(params, x, t, cond, *, key=None):
+    traces.append(len(x))
+    return labelled(params, x, t, cond)
+
+  subject, sampler = opened(digits(), counted, one_device), samplers.one_step()
+  for seed in range(3):
+    sampling.draw(subject, None, sampler, num_samples=8, seed=seed)
+  assert len(traces) == 2  # once to compile the sampler, once to count evaluations
+
+
 def test_noise_of_a_sample_is_the_same_to_the_bit_however_it_is_drawn(one_device):
   source = points(oracle=oracles.ring(), num_samples=8)  # unbounded, not clipped
 

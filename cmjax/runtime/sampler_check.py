@@ -1,6 +1,7 @@
 """Traces samplers abstractly: their noise levels, and mistakes before any compute."""
 
 from collections.abc import Mapping
+import functools
 import math
 from typing import Any
 
@@ -33,6 +34,21 @@ def sigmas_of(
     classes: number of classes; 0 to sample without labels.
     batch_size: of the abstract batch.
   """
+  leaves, structure = jax.tree.flatten(params)
+  abstract = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in leaves)
+  return _traced(sampler, f, structure, abstract, shape, classes, batch_size)
+
+
+@functools.lru_cache(maxsize=64)  # a trace takes as long as many evaluations
+def _traced(
+  sampler: Sampler,
+  f: Model,
+  structure: Any,
+  leaves: tuple[jax.ShapeDtypeStruct, ...],
+  shape: tuple[int, ...],
+  classes: int,
+  batch_size: int,
+) -> tuple[float, ...]:
   sigmas: list[float] = []
 
   def trace(params, keys, cond):
@@ -43,6 +59,7 @@ def sigmas_of(
     sigmas.extend(float(sigma) for sigma in samples.sigmas)
     return samples.x
 
+  params = jax.tree.unflatten(structure, leaves)
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch_size))
   one_hot = jax.ShapeDtypeStruct((batch_size, classes), jnp.float32)
   jax.eval_shape(trace, params, keys, one_hot if classes else None)

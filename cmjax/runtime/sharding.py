@@ -279,9 +279,10 @@ def place_rows(tree: Any, rows: np.ndarray, batch_size: int, mesh: Mesh) -> Any:
   """Global arrays sharded `by_example`, from host arrays that hold only `rows`."""
 
   def put(a):
-    def shard(index):
-      positions = np.searchsorted(rows, np.arange(batch_size)[index[0]])
-      return a[positions]
+    def shard(index):  # consecutive rows; a slice is not copied
+      start, stop, _ = index[0].indices(batch_size)
+      first = np.searchsorted(rows, start)
+      return a[first : first + stop - start]
 
     shape = (batch_size, *a.shape[1:])
     return jax.make_array_from_callback(shape, by_example(mesh), shard)
