@@ -47,7 +47,12 @@ def random_state(run: Run) -> TrainState:
   def create():
     return _init(run, _random_params(run))
 
-  return jax.jit(create, out_shardings=shardings_of_state(run))()
+  # Compiled once and run once: on CPUs, optimising so many draws takes half a minute.
+  on_cpu = run.mesh.devices.flat[0].platform == 'cpu'
+  options = {'xla_backend_optimization_level': 0} if on_cpu else {}
+  return jax.jit(
+    create, out_shardings=shardings_of_state(run), compiler_options=options
+  )()
 
 
 def first_state(run: Run) -> TrainState:
