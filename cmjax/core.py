@@ -35,6 +35,10 @@ class UserError(ValueError):
     super().__init__(line)
 
 
+class RetryError(UserError):
+  """A service does not answer; the same command may succeed later."""
+
+
 class Batch(NamedTuple):
   """A batch of training examples."""
 

@@ -17,7 +17,7 @@ from cmjax.process import trigflow as trigflow_process
 
 # Not NamedTuples: these have no weak references, which compilation needs.
 @dataclasses.dataclass(frozen=True)
-class Denoiser:
+class EDM:
   """D(x, sigma) of `edm`, which keeps its network for a learned weighting."""
 
   network: Network
@@ -56,7 +56,7 @@ def edm(network: Network, *, sigma_data: float = 0.5) -> Model:
   """
   _check_num_times(network, 1)
   checks.positive(sigma_data=sigma_data)
-  return Denoiser(network, sigma_data)
+  return EDM(network, sigma_data)
 
 
 def consistency(

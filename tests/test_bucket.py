@@ -18,7 +18,15 @@ import pytest
 
 from cmjax import main
 from cmjax.core import UserError, unused
-from cmjax.runtime import bucket_lock, checkpoint, paths, results, row_file, storage
+from cmjax.runtime import (
+  bucket_lock,
+  checkpoint,
+  errors,
+  paths,
+  results,
+  row_file,
+  storage,
+)
 from cmjax.runtime.lock import lock, trained_by
 from cmjax.runtime.workdir import folder
 from tests.bucket import Bucket
@@ -457,7 +465,7 @@ def test_a_bucket_that_stops_answering_ends_the_run_in_one_line(
 
     monkeypatch.setattr('cmjax.runtime.logs.RunLog.scalars', until)
   start = time.monotonic()
-  assert main.main([*TRAIN, '--workdir=gs://bucket/run']) == 2
+  assert main.main([*TRAIN, '--workdir=gs://bucket/run']) == errors.RETRY
   assert time.monotonic() - start < 60
   lines = [line for line in capsys.readouterr().err.splitlines() if 'cmjax:' in line]
   assert 1 <= len(lines) <= 2, lines  # also that events of trackers are not copied

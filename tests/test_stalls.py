@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from cmjax.runtime.watchdog import STALLED
+from cmjax.runtime.errors import RETRY
 from tests.test_pod import launched
 
 # A user's data and objective. The file $HANG contains what hangs, and in which process.
@@ -120,7 +120,7 @@ def test_what_hangs_is_named_and_ends_for_a_restart(pod, tmp_path):
   read = pod.until(rf'process 0: .* process 1 \(.*, pid {pid}\) does not respond')
   assert time.monotonic() - stopped_s > REPORT_S
   read += pod.running.stdout.read()
-  assert pod.running.wait() == STALLED, read
+  assert pod.running.wait() == RETRY, read
   assert 'train.py", line' in read  # the stack of process 0
-  assert f'ends with exit code {STALLED}; the same command continues' in read
+  assert f'ends with exit code {RETRY}; the same command continues' in read
   assert 'local_pod: process 1 is stopped by a signal' in read

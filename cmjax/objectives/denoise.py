@@ -9,7 +9,7 @@ from cmjax.augmentation import Augmentation
 from cmjax.core import Array, Loss, LossOut, Model, Nets, Noisy, drop_labels
 from cmjax.distances import squared_l2
 from cmjax.objectives.paths import draw_noise, perturb_batch
-from cmjax.precond import Denoiser
+from cmjax.precond import EDM
 from cmjax.process import VE
 from cmjax.times import Times
 from cmjax.weightings import Weighting
@@ -31,7 +31,7 @@ def denoising_loss(
   x_t, t, cond, key = noisy
   y = f(nets.online, x_t, t, cond, key=key)
   loss = weighting(t, t) * squared_l2()(y, x0)
-  u = f.log_weight(nets.online, t) if isinstance(f, Denoiser) else None
+  u = f.log_weight(nets.online, t) if isinstance(f, EDM) else None
   if u is not None:
     loss = jnp.exp(u) * loss / (x0.size / len(x0)) - u
   return LossOut(loss, {'sigma': t})

@@ -16,7 +16,7 @@ import jax
 from jax.experimental import multihost_utils
 import orbax.checkpoint as ocp
 
-from cmjax.core import Params, TrainState, UserError, first_line, unused
+from cmjax.core import Params, RetryError, TrainState, UserError, first_line, unused
 from cmjax.runtime import matching, paths, sharding, storage
 
 T = TypeVar('T')
@@ -67,7 +67,8 @@ class Checkpoints:
   def _reporting_failures(self) -> Iterator[None]:
     """Raises UserError for a failed write, for which orbax raises errors of many types.
 
-    A failed background write raises at the next call of the manager.
+    It is a RetryError if the bucket does not answer. A failed background write raises
+    at the next call of the manager.
     """
     try:
       yield
@@ -79,7 +80,8 @@ class Checkpoints:
       if not paths.remote(self._folder):
         _, steps = _find(self._folder.parent)
         then = f'resumes from step {steps[0]}' if steps else 'starts from step 0'
-      raise UserError(
+      kind = UserError if paths.answers(self._folder) else RetryError
+      raise kind(
         f'{self._folder}: saving a checkpoint failed ({reason}); fix the cause and '
         f'repeat the command, which then {then}'
       ) from error

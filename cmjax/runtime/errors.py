@@ -19,6 +19,8 @@ _LIBRARIES = {
   *sys.stdlib_module_names,
 }
 
+RETRY = 75  # exit code EX_TEMPFAIL of sysexits.h: a launcher may repeat the command
+
 
 @contextlib.contextmanager
 def user_errors(where: str) -> Iterator[None]:
@@ -73,21 +75,21 @@ def report(error: Exception) -> int:
   """Prints an error, in one line if it is the user's mistake; returns the exit code."""
   import jax
 
-  from cmjax.core import UserError, first_line
+  from cmjax.core import RetryError, UserError, first_line
   from cmjax.runtime import paths
 
   trace = frame_of_user(error)
   diverged = isinstance(error, FloatingPointError) and trace is None
   if isinstance(error, UserError) or diverged:
     say(str(error))
-    return 2
+    return RETRY if isinstance(error, RetryError) else 2
   if trace is not None or isinstance(error, SyntaxError):
     traceback.print_exception(error.with_traceback(trace))
     say('the error above was raised in code outside cmjax')
     return 1
   if (why := paths.reason(error)) and type(error).__module__ != 'builtins':
     say(f'object storage: {why}; the same command continues a run')
-    return 2
+    return RETRY
   if isinstance(error, OSError):
     say(f'{error.filename or "system"}: {error.strerror or first_line(error)}')
     return 2

@@ -35,16 +35,15 @@ def sigmas_of(
     batch_size: of the abstract batch.
   """
   leaves, structure = jax.tree.flatten(params)
-  abstract = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in leaves)
-  return _traced(sampler, f, structure, abstract, shape, classes, batch_size)
+  shapes = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in leaves)
+  return _traced(sampler, f, (structure, shapes), shape, classes, batch_size)
 
 
 @functools.lru_cache(maxsize=64)  # a trace takes as long as many evaluations
 def _traced(
   sampler: Sampler,
   f: Model,
-  structure: Any,
-  leaves: tuple[jax.ShapeDtypeStruct, ...],
+  abstract: tuple[Any, tuple[jax.ShapeDtypeStruct, ...]],
   shape: tuple[int, ...],
   classes: int,
   batch_size: int,
@@ -59,7 +58,7 @@ def _traced(
     sigmas.extend(float(sigma) for sigma in samples.sigmas)
     return samples.x
 
-  params = jax.tree.unflatten(structure, leaves)
+  params = jax.tree.unflatten(*abstract)
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch_size))
   one_hot = jax.ShapeDtypeStruct((batch_size, classes), jnp.float32)
   jax.eval_shape(trace, params, keys, one_hot if classes else None)

@@ -16,7 +16,7 @@ import warnings
 import jax
 import orbax.checkpoint as ocp
 
-from cmjax.core import UserError
+from cmjax.core import RetryError
 from cmjax.runtime import checksums, paths, sharding
 
 T = TypeVar('T')
@@ -157,9 +157,9 @@ def answering(folder: Path, call: Callable[[], T]) -> T:
 
 
 def check_answers(folder: Path) -> None:
-  """Raises UserError if a folder is in a bucket that does not answer."""
+  """Raises RetryError if a folder is in a bucket that does not answer."""
   if not paths.answers(folder):  # then its checkpoints are not damaged
-    raise UserError(f'{folder}: the bucket does not answer; repeat the command later')
+    raise RetryError(f'{folder}: the bucket does not answer; repeat the command later')
 
 
 def _in_all_processes(call: Callable[[], T]) -> T:

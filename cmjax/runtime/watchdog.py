@@ -13,10 +13,9 @@ from typing import NamedTuple
 
 import jax
 
-from cmjax.runtime import processes
+from cmjax.runtime import errors, processes
 from cmjax.runtime.records import Watchdog as Settings
 
-STALLED = 75  # the exit code: EX_TEMPFAIL of sysexits.h, "the user may retry"
 FACTOR = 10.0  # times the longest step: reading metrics waits for all steps dispatched
 WARM_UP = 10  # steps: the first are dispatched without waiting, so they seem to be fast
 PERIOD_S = 5.0  # between writes of a process, at most
@@ -37,7 +36,7 @@ class Watchdog:
   Call `step` at the start of a step, and `pause` before slow work between steps:
   compilation, pictures, evaluation, saving. A report names what hangs, and in a job of
   several processes which of them; the stacks of all threads follow. A step that hangs
-  for longer than `stop_s` ends the process with the code `STALLED`. With several
+  for longer than `stop_s` ends the process with the code `errors.RETRY`. With several
   processes, creating one is a collective.
   """
 
@@ -121,10 +120,10 @@ class Watchdog:
     if stop and not hasattr(sys, 'ps1') and not processes.paused(readings):
       _say(
         f'step {current.step} has taken {seconds:.0f} s, more than '
-        f'config.watchdog.stop_s: ends with exit code {STALLED}; the same command '
+        f'config.watchdog.stop_s: ends with exit code {errors.RETRY}; the same command '
         'continues from the last checkpoint'
       )
-      os._exit(STALLED)  # a normal exit waits for the threads that hang
+      os._exit(errors.RETRY)  # a normal exit waits for the threads that hang
 
   def _report(
     self, current: _Current, seconds: float, readings: list[processes.Reading]
