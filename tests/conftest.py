@@ -1,5 +1,6 @@
 """Strict mode: eight devices, no silent broadcasting, no key used twice."""
 
+import gc
 import os
 from pathlib import Path
 import tempfile
@@ -58,6 +59,13 @@ def pytest_collection_modifyitems(items):
   for item in items:
     if item.nodeid.rpartition('tests/')[2].startswith(SLOW):
       item.add_marker('slow')
+
+
+@pytest.fixture(scope='module', autouse=True)
+def young_heap():
+  """Garbage collection does not visit the compiled programs of earlier modules again."""
+  gc.collect()
+  gc.freeze()
 
 
 @pytest.fixture
