@@ -5,9 +5,10 @@ Command:   cmjax --config=cd:digits --workdir=runs/cd
 Data:      cifar10; imagenet64; lsun_bedroom256 and lsun_cat256, which need
            --config.data.path; each with the squared l2 norm, or with the suffix _l1 or
            _lpips, whose weights are config.perceptual.vgg and heads. The teacher has
-           the same network: edm:cifar10_ncsnpp, edm:imagenet64, edm:lsun_bedroom256, or
-           the released edm_* files of OpenAI, for the .pt files of which also give
-           --config.network.noise_scale=1000, as they were trained
+           the same network: a run of edm:cifar10_ncsnpp, edm:imagenet64,
+           edm:lsun_bedroom256 or edm:lsun_cat256, or OpenAI's released edm_* files,
+           whose .pt files also need --config.network.noise_scale=1000, with which they
+           were trained
 Hardware:  toy2d, digits: two CPU cores, two minutes; the others: not run; TPUs:
            configs/README.md, "Recipes"
 Source:    Song et al. 2023, algorithm 2 and table 3: N = 18 or 40, mu = 0 or 0.95,
@@ -15,15 +16,15 @@ Source:    Song et al. 2023, algorithm 2 and table 3: N = 18 or 40, mu = 0 or 0.
            iterations; openai/consistency_models_cifar10 and openai/consistency_models
            `launch.sh`: networks, EMAs, second noise levels (lsun_cat256: that of
            lsun_bedroom256; cifar10: of LPIPS; l1: of l2; cmjax choices); toy2d, digits:
-           optimiser, EMA, metric, weighting and length are cmjax choices; l1 on
-           imagenet64 and lsun is too
+           optimiser, EMA, metric, weighting and length are cmjax choices, and so is l1
+           on imagenet64 and lsun
 Differs:   l1 and l2 are summed, not averaged, over pixels; `launch.sh` has a batch of
            256 on LSUN; its ImageNet64 and LSUN runs use float16, these bfloat16, and
            its third EMA, 0.9999 or 0.99994, is left out; ImageNet is TFDS's, not
            cropped
 Expected:  with LPIPS, FID at one and two evaluations: cifar10 3.55, 2.93; imagenet64
            6.20, 4.70; lsun_bedroom256 7.80, 5.22; lsun_cat256 11.0, 8.84 (their tables
-           1 and 2); for l1 and l2 they have curves alone
+           1 and 2); for l1 and l2 there are only curves
 Measured:  toy2d: error of the map 0.022; digits, width 192: 0.604 at one evaluation,
            0.217 at two (means of three seeds)
 """

@@ -8,9 +8,8 @@ Source:    Song et al. 2023, algorithm 3 and table 3: N(k) and mu(k) of appendix
            150 (imagenet64: 200), mu0 = 0.9 (the larger images: 0.95), batch 512 or
            2048, 800k iterations (LSUN: 1M); learning rates 4e-4, 1e-4 and 5e-5, EMAs
            and second noise levels: released `launch.sh` (cifar10: that of iCT, a cmjax
-           choice); toy2d, digits: N(k) up to 20,
-           metric, weighting, optimiser, EMA and length are cmjax choices; l1 and l2 on
-           images too
+           choice); toy2d, digits: N(k) up to 20, metric, weighting, optimiser, EMA and
+           length are cmjax choices, and so are l1 and l2 on images
 Differs:   table 3 has learning rates of 8e-6 and 1e-5 on imagenet64 and LSUN;
            `launch.sh` starts from the weights of a teacher (--config.init_from), the
            paper from random ones; the rest as in `cd`

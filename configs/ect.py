@@ -4,11 +4,12 @@ Command:   cmjax --config=ect:digits --workdir=runs/ect
              --config.init_from=runs/edm
 Data:      cifar10, with labels cifar10_cond, its one-hour run cifar10_1h; imagenet64
            in EDM2-S, and _m, _l, _xl; ffhq64, which needs --config.data.path;
-           init_from: edm:cifar10, edm:ffhq64, edm:imagenet64_s to _xl, or the released
-           files of NVlabs/edm and edm2
-Hardware:  digits: two CPU cores, about three minutes; toy2d one; cifar10: 20 steps of a
-           narrow network on two CPU cores; TPUs: "Recipes"
-           (configs/README.md; launch/README.md, "Compile for a TPU without one")
+           init_from: edm:cifar10, edm:cifar10_cond, edm:ffhq64, edm:imagenet64_s to
+           _xl, or the released files of NVlabs/edm and edm2
+Hardware:  digits: two CPU cores, about three minutes; toy2d: one minute; cifar10: only
+           20 steps of a narrow network on two CPU cores; the others: not run; TPUs:
+           configs/README.md, "Recipes", and launch/README.md, "Compile for a TPU
+           without one"
 Source:    Geng et al. 2024 (ECT); cifar10: locuslab/ect `run_ecm.sh`, and cifar10_1h
            `run_ecm_1hour.sh`; toy2d, digits: smooth stages, optimiser and length are
            cmjax choices; imagenet64: branch imgnet, `run_imgnet_ecm.sh` and the presets

@@ -4,8 +4,8 @@ Command:   cmjax --config=edm:digits --workdir=runs/edm
 Data:      cifar10 in DDPM++, cifar10_cond with labels, cifar10_ncsnpp in NCSN++;
            imagenet64 in ADM, imagenet64_s, _m, _l, _xl in EDM2; ffhq64, lsun_bedroom256
            and lsun_cat256, which need --config.data.path
-Hardware:  toy2d, digits: two CPU cores, a minute; the others: not trained to the end,
-           TPUs: configs/README.md, "Recipes"
+Hardware:  toy2d, digits: two CPU cores, a minute; the others: not run; TPUs:
+           configs/README.md, "Recipes"
 Source:    objective, sampler and noise levels of Karras et al. 2022, table 1; cifar10,
            ffhq64, imagenet64: NVlabs/edm `train.py` and README; lsun: Song et al. 2023,
            table 3 and appendix C, openai/consistency_models `launch.sh`; imagenet64_s
@@ -13,9 +13,9 @@ Source:    objective, sampler and noise levels of Karras et al. 2022, table 1; c
            length cmjax choice
 Differs:   cifar10, ffhq64: images are reflected over their whole width before
            augmentation; cifar10_ncsnpp, without augmentation, is the teacher of Song et
-           al. 2023, whose EMA has no ramp-up, and which takes 400,000 steps; lsun: no
-           EMA of 0.999; imagenet64: TFDS's images; EDM2: EDM's weighting times the
-           learned one, and bfloat16
+           al. 2023, who train it for 400,000 steps with an EMA without ramp-up; lsun:
+           no EMA of 0.999; imagenet64: TFDS's images; EDM2: EDM's weighting times the
+           learned one; 64x64 and larger: bfloat16
 Expected:  digits: pixel Frechet distance <= 0.12, label agreement >= 0.98; FID: cifar10
            1.97, cifar10_cond 1.79, cifar10_ncsnpp 2.04, at 35 evaluations;
            imagenet64 1.36 at 511; lsun_bedroom256 3.57, lsun_cat256 6.69

@@ -10,8 +10,7 @@ Source:    Song & Dhariwal 2023 (iCT), tables 1 and 4: N(k) from 11 to 1281, RAd
            4096, 800k iterations, EMA 0.99997, dropout 0.2 up to 16x16; toy2d, digits:
            N(k) from 11 to 161, optimiser, EMA and length are cmjax choices; horizontal
            flips as in `ct`, a cmjax choice; batch, length, EMA and dropout of
-           imagenet64 and both _deep are quoted from memory, not checked against the
-           paper
+           imagenet64, and both _deep, have not been checked against the paper
 Differs:   imagenet64: bfloat16; TFDS's images
 Expected:  FID at one and two evaluations: cifar10 2.83, 2.46, _deep 2.51, 2.24;
            imagenet64 4.02, 3.20, _deep 3.25, 2.77 (their tables 2 and 3)

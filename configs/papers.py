@@ -1,4 +1,4 @@
-"""What the recipes of papers share, and the list of these recipes."""
+"""The parts that recipes of papers share, and the list of these recipes."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ class Recipe(NamedTuple):
   """A slice of TPUs that a recipe fits on, and what its paper reports."""
 
   topology: str  # (cmjax choice)
-  fid: str = ''  # at one / two evaluations; of diffusion models (at so many)
+  fid: str = ''  # at one / two evaluations; of diffusion models (evaluations)
 
 
 # The slices, by size of the network and images (cmjax choice).
@@ -18,7 +18,7 @@ _SMALL, _DDPMPP, _ADM64, _ADM256, _XL = (
   *(f'v5e:{n}x{n}' for n in (4, 8, 16, 16)),
 )
 
-# Every recipe on images of papers, by config and its argument.
+# The recipes of papers on images, by the name and the argument of their config.
 RECIPES = {
   'edm:cifar10': Recipe(_DDPMPP, '1.97 (35)'),
   'edm:cifar10_cond': Recipe(_DDPMPP, '1.79 (35)'),
@@ -98,9 +98,9 @@ def images_of(data: str) -> tuple[int, int]:
 def on(data: str) -> parts.Config:
   """`parts.on`, also for ffhq64, imagenet64, lsun_bedroom256 and lsun_cat256.
 
-  On these the network computes in bfloat16 (the papers: float16), recomputes its blocks
-  and shards its state, to fit in memory (cmjax choice), and the metric is the FID of
-  50,000 samples, whose weights are needed by --mode=evaluate alone.
+  On these the network computes in bfloat16, recomputes its blocks and shards its state,
+  to fit in memory (cmjax choice). The metric is the FID of 50,000 samples; only
+  --mode=evaluate needs the weights of its network.
   """
   if data not in _LARGE:
     return parts.on(data)
@@ -158,7 +158,7 @@ def split(data: str) -> tuple[str, str]:
 
 def set_metric(c: parts.Config, metric: str) -> None:
   """Sets the distance of an objective; LPIPS needs downloaded weights."""
-  if metric == 'lpips':  # pooling: of the code for CIFAR-10, of that for the others
+  if metric == 'lpips':  # pooling: as in the released code of each network
     pooling = 'average' if c.network.fn == 'cmjax.networks.adm:adm' else 'max'
     c.objective.distance = parts.lpips(pooling=pooling)
     c.perceptual = parts.lpips_weights()

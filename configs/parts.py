@@ -9,7 +9,7 @@ from cmjax.core import UserError
 REQUIRED = '?'  # must be given: --config.KEY=VALUE
 # The data sets that every config takes: --config=OBJECTIVE:DATA.
 DATA = ('toy2d', 'digits', 'cifar10')
-# And those that one config takes as well, besides the recipes of papers.py.
+# Data sets that only one config takes, besides the recipes of papers.py.
 MORE_DATA = {
   'ect': ('cifar10_cond',),
   'stable_ct': ('toy2d_phased', 'digits_phased', 'cifar10_phased'),
@@ -91,7 +91,7 @@ def base() -> Config:
       teacher='',  # the same, for objectives that distil a teacher
       guide='',  # the same: a worse version of the model, for guidance:autoguidance
       sample_weights='online',  # or the name of an EMA
-      # > 0: once trained, the EMA of this width, put together from the snapshots
+      # > 0: once trained, an EMA of this width is computed from the snapshots
       sample_relative_std=0.0,
       # With fsdp, the state is sharded over the devices.
       mesh=dict(fn='cmjax.runtime.sharding:mesh', fsdp=False, num_slices=1),

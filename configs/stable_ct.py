@@ -4,12 +4,11 @@ Command:   cmjax --config=stable_ct:digits --workdir=runs/stable_ct
              --config.init_from=runs/edm
 Data:      cifar10, cifar10_cond with labels; imagenet64 in EDM2-S, and _m; init_from as
            in `ect`
-Hardware:  toy2d, digits: two CPU cores, one to two minutes; the others: not run,
+Hardware:  toy2d, digits: two CPU cores, one to two minutes; the others: not run;
            TPUs: configs/README.md, "Recipes"
 Source:    Wang et al. 2024 (Stable Consistency Tuning): target, 1 / (t - r), the rest
-           as in `ect`. Their equations are not public: smooth stages, c and the
-           threshold, 3 sqrt(features / 3072), below which the posterior is one example,
-           are cmjax choices
+           as in `ect`; smooth stages, c and the threshold, 3 sqrt(features / 3072),
+           below which the posterior is one example, are cmjax choices
 Differs:   imagenet64: 256 reference images of each class (3.1 GB on each chip), not all
 Expected:  FID at one and two evaluations: cifar10 3.11, 2.05; cifar10_cond 3.03, 1.88;
            imagenet64 5.10, 3.05; imagenet64_m 3.30, 2.13 (their table)

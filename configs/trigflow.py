@@ -1,7 +1,7 @@
 """TrigFlow diffusion: the teacher of `sct` and `scd`, on the process that they use.
 
 Command:   cmjax --config=trigflow:digits --workdir=runs/trigflow
-Hardware:  toy2d, digits: two CPU cores, a minute; cifar10: not trained to the end
+Hardware:  toy2d, digits: two CPU cores, a minute; cifar10: not run
 Source:    Lu & Song 2024 (sCM), section 3.1, with EDM's noise levels; cifar10 400,000
            iterations (their appendix G); the rest as in `edm`
 Expected:  cifar10: FID 2.15 (sCM, teacher)

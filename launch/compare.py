@@ -4,7 +4,7 @@ Usage: python launch/compare.py --data=digits --table=objectives --out=runs/comp
 
 All students start from the EDM or TrigFlow model of their seed and train for the same
 number of steps; recipes that start from random weights train for its steps too. A run
-that exists in --out is resumed if it is incomplete, and not repeated otherwise.
+in --out that is incomplete is resumed; one that is complete is not repeated.
 """
 
 import argparse

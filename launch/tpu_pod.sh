@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
 # Trains on a Cloud TPU slice that may be preempted: requests it as a queued resource,
-# starts cmjax on all of its workers, follows the log, and after a preemption or a stall
+# starts cmjax on all of its workers, prints the log, and after a preemption or a stall
 # requests it again and runs the same command, which resumes from its --workdir.
 # Usage: launch/tpu_pod.sh [--dry_run] run NAME ZONE TYPE CMJAX_ARGUMENTS...
 #        launch/tpu_pod.sh [--dry_run] follow NAME ZONE
 #        launch/tpu_pod.sh [--dry_run] stop NAME ZONE [--yes]     (deletes the TPU)
-# TYPE is an accelerator type, such as v5litepod-16. Ctrl-C ends the following, not the
-# run; `run` again follows the run that exists, and restarts it. Variables:
+# TYPE is an accelerator type, such as v5litepod-16. Ctrl-C stops the log, not the run;
+# the same `run` command prints it again, and restarts the run if necessary. Variables:
 #   SPOT=0          on demand instead of spot
 #   RUNTIME         version of the TPU software, by default that of TYPE
-#   REPOSITORY, REVISION   what to run: this checkout's origin and commit
-#   SETUP           commands for each worker before the start, such as a mount
-#   PACKAGES        installed with cmjax[gcs] (jax[tpu])
-#   MAX_REQUESTS    of the TPU, in all (20);  POLL_S: seconds between checks (30)
+#   REPOSITORY, REVISION   what to run (this checkout's origin and commit, as pushed)
+#   SETUP           commands for each worker, once per boot, such as a mount
+#   PACKAGES        installed besides cmjax[gcs] ('jax[tpu]')
+#   MAX_REQUESTS    how often the TPU is requested, in all (20)
+#   POLL_S          seconds between checks (30)
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 spot=${SPOT:-1} poll_s=${POLL_S:-30} max_requests=${MAX_REQUESTS:-20} requests=0
