@@ -1,5 +1,6 @@
 """The report of a run: what is on the page, that it is safe, and that it is small."""
 
+import contextlib
 import html.parser
 import json
 import os
@@ -352,6 +353,18 @@ def test_files_that_cannot_be_opened_or_have_no_end_are_left_out(run, monkeypatc
   assert 'metrics.jsonl: cannot be read ([Errno 13] Permission denied)' in page.text
   for words in ('no starts.jsonl', 'Not evaluated', 'one_step, step 400'):
     assert words in page.text
+
+
+def test_a_row_that_is_completed_while_it_is_read_is_not_damaged(tmp_path, monkeypatch):
+  path = tmp_path / 'metrics.jsonl'
+  path.touch()
+  # Iterating over a file that grows returns the end of a row after its beginning.
+  lines = [b'{"step": 1, "loss": 1.0}\n', b'{"step": 2, "lo', b'ss": 1.0}\n']
+  monkeypatch.setattr(
+    type(path), 'open', lambda *_: contextlib.nullcontext(iter(lines))
+  )
+  metrics = metric_rows.read_metrics(path)
+  assert (metrics.num_rows, metrics.num_damaged) == (1, 0)
 
 
 def test_a_run_that_is_being_written_can_be_read(run):

@@ -1,6 +1,6 @@
 """Reads `metrics.jsonl`, thins its curves for a plot, and smooths them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 import itertools
 import json
 import math
@@ -34,7 +34,7 @@ def read_metrics(path: Path) -> Metrics:
   num_rows = num_damaged = 0
   if path.is_file():
     with path.open('rb') as file:
-      for lines in _chunks(file):
+      for lines in _chunks(_until_cut(file)):
         rows = _rows(lines)
         ended = sum(line.endswith(b'\n') and bool(line.strip()) for line in lines)
         num_rows += len(rows)
@@ -49,6 +49,14 @@ def read_metrics(path: Path) -> Metrics:
             if key != 'step':
               parts.setdefault(key, []).append(Series(steps, column))
   return Metrics({k: _joined(p) for k, p in parts.items()}, num_rows, num_damaged)
+
+
+def _until_cut(lines: Iterable[bytes]) -> Iterator[bytes]:
+  """Lines up to one without an end, whose rest may be written while it is read."""
+  for line in lines:
+    yield line
+    if not line.endswith(b'\n'):
+      return
 
 
 def _chunks(lines: Iterator[bytes]) -> Iterator[list[bytes]]:
