@@ -63,7 +63,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope='module', autouse=True)
 def young_heap():
-  """Garbage collection does not visit what earlier modules compiled again."""
+  """Excludes what earlier modules compiled from garbage collection."""
   gc.collect()
   gc.freeze()
 

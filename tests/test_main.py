@@ -379,13 +379,17 @@ THEIRS = {
 # What goes well; the first two each in a copy of the trained run.
 COMMANDS = {
   'study': [
-    '--config=@/two_studies.py',
+    '--config=@/small_studies.py',
     *SMALL[1:],
     '--mode=study',
     '--workdir=@/STUDIED',
     '--config.studies.tangents.num_sigmas=2',
     '--config.studies.tangents.num_samples=8',
     '--config.studies.normalised_bias.num_sigmas=2',
+    '--config.studies.gradient_noise.num_batches=2',
+    '--config.studies.jvp_precision.num_samples=4',
+    '--config.studies.discrete_limit.num_samples=4',
+    '--config.studies.likelihood.num_samples=4',
   ],
   'sample': ['--mode=sample', '--workdir=@/SAMPLED'],
   'list configs': ['--mode=configs'],
@@ -421,13 +425,14 @@ COMMANDS = {
   'dry run of what must be given': [ECT, '--mode=dry_run'],
 }
 
-TWO_STUDIES = """
+SMALL_STUDIES = """
 from cmjax.configs import edm
 
 
 def get_config():
   c = edm.get_config()
-  c.studies = {name: c.studies[name] for name in ('tangents', 'normalised_bias')}
+  c.studies.discrete_limit['num_scales'] = (4, 8)
+  c.studies.likelihood['num_steps'] = (2, 4)
   return c
 """
 
@@ -499,7 +504,7 @@ def listing(folder):
 def answers(place, trained):
   """Exit code, output and error output of each command; what was there before all."""
   (place / 'EMPTY').mkdir()
-  (place / 'two_studies.py').write_text(TWO_STUDIES)
+  (place / 'small_studies.py').write_text(SMALL_STUDIES)
   (place / 'page.pkl').write_text('<!DOCTYPE html><html>Not found</html>')
   for copy in ('SAMPLED', 'EVALUATED', 'STUDIED', 'GONE_ON'):
     shutil.copytree(trained[0], place / copy)
@@ -791,7 +796,14 @@ def test_a_study_is_tables_and_pictures(answers, place):
   folder = place / 'STUDIED' / 'studies' / 'step_00000003'
   found = json.loads((folder / 'study.json').read_text())
   text = (folder / 'study.md').read_text()
-  assert set(found['studies']) == {'tangents', 'normalised_bias'}
+  assert set(found['studies']) == {
+    'tangents',
+    'normalised_bias',
+    'gradient_noise',
+    'jvp_precision',
+    'discrete_limit',
+    'likelihood',
+  }
   for name, rows in found['studies'].items():
     assert rows
     assert f'![]({name}.png)' in text

@@ -39,7 +39,7 @@ def sigmas_of(
   return _traced(sampler, f, (structure, shapes), shape, classes, batch_size)
 
 
-@functools.lru_cache(maxsize=64)  # a trace takes as long as many evaluations
+@functools.lru_cache(maxsize=16)  # a trace takes as long as many evaluations
 def _traced(
   sampler: Sampler,
   f: Model,
