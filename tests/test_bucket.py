@@ -431,17 +431,15 @@ def test_a_killed_run_in_a_bucket_ends_in_the_bits_of_one_in_a_folder(
   assert main.main(['--mode=port', f'--from={run}', f'--to={file}']) == 2  # is there
 
 
-@needs_emulator
-@pytest.mark.parametrize('place', ['between checkpoints', 'while saving'])
-def test_a_bucket_that_stops_answering_ends_the_run_in_one_line(
-  place, mine, tmp_path, quick, monkeypatch, capsys
-):
-  import gcsfs.retry
-
+@pytest.fixture
+def own_server(tmp_path, monkeypatch, quick):
+  """A server that a test may stop, which is then given up within seconds."""
   server = Bucket(tmp_path)
   server.start()
   for name, value in server.environment.items():
     monkeypatch.setenv(name, value)
+  paths.path('gs://bucket/run')  # which sets how gcsfs is imported
+  import gcsfs.retry
 
   async def soon(seconds):
     del seconds
@@ -450,24 +448,60 @@ def test_a_bucket_that_stops_answering_ends_the_run_in_one_line(
   monkeypatch.setattr(storage, 'SILENCE_S', 1.0)
   monkeypatch.setattr(bucket_lock, 'RETRIES', {'max_retries': 1})
   monkeypatch.setattr(paths, 'PROBE_S', 0.5)
+  yield server
+  server.stop()
+
+
+IN_BUCKET = '--workdir=gs://bucket/run'
+
+
+@needs_emulator
+@pytest.mark.parametrize(
+  ('place', 'flags'),
+  [
+    ('start', [IN_BUCKET]),
+    ('lock', [IN_BUCKET]),
+    ('config.json', [IN_BUCKET]),
+    ('start', ['--workdir=run', '--config.init_from=gs://bucket/other']),
+  ],
+)
+def test_a_bucket_that_does_not_answer_at_the_start_is_asked_again_later(
+  place, flags, mine, own_server, monkeypatch, capsys
+):
+  owner, name = {
+    'start': (main, '_start'),
+    'lock': (bucket_lock, '_store'),
+    'config.json': (paths, 'write_text'),
+  }[place]
+  call = getattr(owner, name)
+  monkeypatch.setattr(owner, name, lambda *a: (own_server.stop() or True) and call(*a))
+  assert main.main([*TRAIN, *flags]) == errors.RETRY
+  line = capsys.readouterr().err.splitlines()[-1]
+  assert 'gs://bucket/run' in line or 'object storage: ' in line
+
+
+@needs_emulator
+@pytest.mark.parametrize('place', ['between checkpoints', 'while saving'])
+def test_a_bucket_that_stops_answering_ends_the_run_in_one_line(
+  place, mine, own_server, monkeypatch, capsys
+):
   if place == 'while saving':
     items = storage.save_args
     monkeypatch.setattr(
-      storage, 'save_args', lambda *a: (server.stop() or True) and items(*a)
+      storage, 'save_args', lambda *a: (own_server.stop() or True) and items(*a)
     )
   else:
     scalars = main.importlib.import_module('cmjax.runtime.logs').RunLog.scalars
 
     def until(self, step, values):
       if step == 3:
-        server.stop()
+        own_server.stop()
       scalars(self, step, values)
 
     monkeypatch.setattr('cmjax.runtime.logs.RunLog.scalars', until)
   start = time.monotonic()
-  assert main.main([*TRAIN, '--workdir=gs://bucket/run']) == errors.RETRY
+  assert main.main([*TRAIN, IN_BUCKET]) == errors.RETRY
   assert time.monotonic() - start < 60
   lines = [line for line in capsys.readouterr().err.splitlines() if 'cmjax:' in line]
   assert 1 <= len(lines) <= 2, lines  # also that events of trackers are not copied
   assert 'gs://bucket/run' in lines[-1] or 'object storage' in lines[-1]
-  server.stop()

@@ -1,5 +1,6 @@
 """launch/tpu_pod.sh against a fake gcloud, whose worker is a folder of this machine."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -120,7 +121,8 @@ def pod(tmp_path):
 
   yield start, calls
   if (tmp_path / 'worker').exists() and (tmp_path / 'long').exists():  # a test failed
-    os.kill(int((tmp_path / 'long').read_text()), signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+      os.kill(int((tmp_path / 'long').read_text()), signal.SIGKILL)
 
 
 def test_a_run_that_succeeds_is_requested_started_and_followed(pod, tmp_path):

@@ -69,7 +69,8 @@ def lock(workdir: Path) -> Iterator[Callable[[], None]]:
   Yields a function to call before a checkpoint is written: it renews the lock.
 
   Raises: UserError if another owner is alive, the bucket cannot be written, or another
-    process has taken the lock over, in an interactive Python.
+    process has taken the lock over, in an interactive Python; RetryError if the bucket
+    does not answer.
   """
   try:
     store = _store(workdir)
@@ -78,7 +79,8 @@ def lock(workdir: Path) -> Iterator[Callable[[], None]]:
     if isinstance(error, UserError):
       raise
     reason = first_line(error)
-    raise UserError(f'--workdir: cannot write {workdir} ({reason})') from error
+    text = f'--workdir: cannot write {workdir} ({reason})'
+    raise paths.failure(workdir, text) from error
   try:
     yield held.check
   except KeyboardInterrupt:

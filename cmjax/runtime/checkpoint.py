@@ -16,7 +16,7 @@ import jax
 from jax.experimental import multihost_utils
 import orbax.checkpoint as ocp
 
-from cmjax.core import Params, RetryError, TrainState, UserError, first_line, unused
+from cmjax.core import Params, TrainState, UserError, first_line, unused
 from cmjax.runtime import matching, paths, sharding, storage
 
 T = TypeVar('T')
@@ -80,10 +80,10 @@ class Checkpoints:
       if not paths.remote(self._folder):
         _, steps = _find(self._folder.parent)
         then = f'resumes from step {steps[0]}' if steps else 'starts from step 0'
-      kind = UserError if paths.answers(self._folder) else RetryError
-      raise kind(
+      raise paths.failure(
+        self._folder,
         f'{self._folder}: saving a checkpoint failed ({reason}); fix the cause and '
-        f'repeat the command, which then {then}'
+        f'repeat the command, which then {then}',
       ) from error
 
   def restore(

@@ -55,7 +55,7 @@ def part_errors(where: str) -> Iterator[None]:
   except UserError as error:
     if str(error).startswith('config.'):
       raise
-    raise UserError(f'{where}: {error}') from error
+    raise type(error)(f'{where}: {error}') from error
 
 
 def frame_of_user(error: BaseException) -> TracebackType | None:

@@ -23,7 +23,7 @@ from typing import Any, cast
 import urllib.error
 import urllib.request
 
-from cmjax.core import UserError, first_line
+from cmjax.core import RetryError, UserError, first_line
 
 TIMEOUT_S = 60.0  # of one request; gcsfs makes up to six, over about 35 s
 PROBE_S = 5.0  # for `answers`
@@ -97,7 +97,10 @@ def reason(error: BaseException) -> str:
 
 
 def check_access(folder: Path) -> None:
-  """Raises UserError if a bucket does not exist, or its objects cannot be listed."""
+  """Checks that the objects of a bucket can be listed.
+
+  Raises: UserError, RetryError if the bucket does not answer.
+  """
   bucket, _, prefix = str(folder).removeprefix('gs://').partition('/')
   try:
     _files().call('GET', 'b/{}/o', bucket, prefix=f'{prefix}/', maxResults=1)
@@ -105,8 +108,14 @@ def check_access(folder: Path) -> None:
     raise UserError(f'{folder}: there is no bucket {bucket!r}; create it') from None
   except Exception as error:
     if why := reason(error):
-      raise UserError(f'{folder}: no access to bucket {bucket!r}: {why}') from error
+      text = f'{folder}: no access to bucket {bucket!r}: {why}'
+      raise failure(folder, text) from error
     raise
+
+
+def failure(folder: Path, text: str) -> UserError:
+  """The error of a folder: a RetryError if it is in a bucket that does not answer."""
+  return UserError(text) if answers(folder) else RetryError(text)
 
 
 def answers(folder: Path) -> bool:

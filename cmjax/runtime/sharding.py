@@ -18,7 +18,7 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
-from cmjax.core import UserError, first_line
+from cmjax.core import RetryError, UserError, first_line
 
 T = TypeVar('T')
 Device = Any  # jax.Device, which type checkers take for a variable
@@ -67,15 +67,16 @@ def on_process_0(
   Yields what the context does, and None in other processes.
   """
   with contextlib.ExitStack() as stack:
-    failure, value = '', None
-    if jax.process_index() == 0:
+    values = []
+
+    def enter() -> None:
       try:
-        value = stack.enter_context(context)
-      except (UserError, OSError) as error:  # raised below, in all processes
-        failure = str(error)
-    if not all_true(not failure):
-      raise UserError(failure or 'process 0 failed; its own message says why')
-    yield value
+        values.append(stack.enter_context(context))
+      except OSError as error:
+        raise UserError(str(error)) from error
+
+    from_process_0(enter)
+    yield values[0] if values else None
 
 
 def from_process_0(compute: Callable[[], T]) -> T:
@@ -83,7 +84,7 @@ def from_process_0(compute: Callable[[], T]) -> T:
 
   A collective, so all processes must call it.
 
-  Raises: UserError in all processes if the function raises it.
+  Raises: UserError or RetryError in all processes if the function raises it.
   """
   if jax.process_count() == 1:
     return compute()
@@ -92,12 +93,13 @@ def from_process_0(compute: Callable[[], T]) -> T:
     try:
       text = json.dumps({'result': compute()}).encode()
     except UserError as error:
-      text = json.dumps({'error': str(error)}).encode()
+      retry = isinstance(error, RetryError)
+      text = json.dumps({'error': str(error), 'retry': retry}).encode()
   size = int(multihost_utils.broadcast_one_to_all(np.array(len(text))))
   padded = np.resize(np.frombuffer(text or b' ', np.uint8), size)
   message = json.loads(bytes(multihost_utils.broadcast_one_to_all(padded)))
   if 'error' in message:
-    raise UserError(message['error'])
+    raise (RetryError if message['retry'] else UserError)(message['error'])
   return message['result']
 
 

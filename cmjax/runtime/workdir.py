@@ -20,7 +20,8 @@ def folder(text: str) -> Path:
   """The path of a --workdir.
 
   Raises: UserError if it is empty, a file is in its place, or it is in a bucket that
-    does not exist, cannot be listed or is of another provider than Google.
+    does not exist, cannot be listed or is of another provider than Google; RetryError
+    if the bucket does not answer.
   """
   if not text:
     raise UserError('give --workdir=DIR, the folder of the run')
@@ -113,10 +114,14 @@ def check_claim(workdir: Path, config: Config) -> None:
 
 
 def write_config(workdir: Path, config: Config) -> None:
-  """Writes `config.json`. Raises: UserError if it cannot be written."""
+  """Writes `config.json`.
+
+  Raises: UserError if it cannot be written, RetryError if a bucket does not answer.
+  """
   try:
     paths.write_text(workdir / 'config.json', to_json(config))
   except Exception as error:
     if why := getattr(error, 'strerror', '') or paths.reason(error):
-      raise UserError(f'--workdir: cannot write {workdir} ({why})') from error
+      text = f'--workdir: cannot write {workdir} ({why})'
+      raise paths.failure(workdir, text) from error
     raise
