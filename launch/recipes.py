@@ -6,8 +6,9 @@ Compiles the training step of each recipe of configs/papers.py that has changed 
 was last compiled, or of the recipes NAME alone, each in a process of its own at the
 lowest priority; libtpu must be installed, and no TPU or data set is needed. The facts
 are kept in configs/compiled.json after each, so that a command that is killed continues
-where it was. --write makes the table in configs/README.md from them; --list compiles
-nothing and prints which recipes are to be compiled.
+where it was; without the file, all are compiled again, such as for another JAX. --write
+makes the table in configs/README.md from them; --list compiles nothing and prints which
+recipes are to be compiled.
 """
 
 import argparse
@@ -87,6 +88,12 @@ def changed(facts: Mapping[str, Any]) -> list[str]:
     for name in recipes()
     if name not in facts or facts[name]['digest'] != digest(name)
   ]
+
+
+def current(facts: Mapping[str, Any]) -> dict[str, Any]:
+  """The facts of recipes whose config has not changed since."""
+  stale = set(changed(facts))
+  return {name: fact for name, fact in facts.items() if name not in stale}
 
 
 def compiled(name: str) -> dict[str, Any]:
@@ -203,7 +210,7 @@ def main() -> int:
   failed = _compile_all(todo)
   if flags.write:
     text = README.read_text(encoding='utf-8')
-    README.write_text(placed(text, table(read())), encoding='utf-8')
+    README.write_text(placed(text, table(current(read()))), encoding='utf-8')
   return 1 if failed else 0
 
 

@@ -10,7 +10,8 @@
 #   SPOT=0          on demand instead of spot
 #   RUNTIME         version of the TPU software, by default that of TYPE
 #   REPOSITORY, REVISION   what to run (this checkout's origin and commit, as pushed)
-#   SETUP           commands for each worker, once per boot, such as a mount
+#   SETUP           commands for each worker, once per boot, such as a mount; what they
+#                   export is in the environment of every start
 #   PACKAGES        installed besides cmjax[gcs] ('jax[tpu]')
 #   MAX_REQUESTS    how often the TPU is requested, in all (20)
 #   POLL_S          seconds between checks (30)
@@ -110,8 +111,10 @@ rm -f cmjax_run/exit
 boot=\$(cat /proc/sys/kernel/random/boot_id)
 if [ \"\$(cat cmjax_run/set_up 2>/dev/null)\" != \"\$boot\" ]; then
   ${SETUP:-:}
+  export -p >cmjax_run/variables
   echo \"\$boot\" >cmjax_run/set_up
 fi
+. cmjax_run/variables
 [ -d cmjax ] || git clone --quiet $(printf %q "$repository") cmjax
 git -C cmjax fetch --quiet
 git -C cmjax checkout --quiet $(printf %q "$revision")

@@ -21,6 +21,7 @@ from cmjax.core import UserError
 from cmjax.data.blank import blank
 from cmjax.data.digits import digits
 from cmjax.data.files import from_path
+from cmjax.data.inputs import read_inputs
 from cmjax.data.points import points
 from cmjax.data.reference import reference
 from cmjax.data.source import (
@@ -824,10 +825,12 @@ def test_a_name_that_tfds_would_look_for_elsewhere_is_refused(name, tmp_path):
 
 
 def test_data_in_a_bucket_is_refused(tmp_path):
-  with pytest.raises(UserError, match='gs://sets is not a local or mounted folder'):
+  with pytest.raises(UserError, match='gs://sets is not a local or mounted path'):
     tfds(name='cifar10', data_dir='gs://sets')
-  with pytest.raises(UserError, match=r'gs://sets/x\.npz.*neither'):
+  with pytest.raises(UserError, match=r'gs://sets/x\.npz is not a local or mounted'):
     from_path(path='gs://sets/x.npz')
+  with pytest.raises(UserError, match='--image: gs://sets is not a local or mounted'):
+    read_inputs('gs://sets', '--image', (8, 8, 3))
 
 
 def test_no_module_of_cmjax_imports_tensorflow_or_torch():

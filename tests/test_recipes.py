@@ -29,6 +29,15 @@ def test_the_table_is_that_of_the_facts():
   assert all(f'| `{name}` |' in text for name in papers.RECIPES)
 
 
+def test_facts_of_another_config_are_not_in_the_table():
+  name = 'ect:cifar10'
+  old = FACTS | {name: FACTS[name] | {'digest': 'of another config'}}
+  table = recipes.table(recipes.current(old))
+  assert sorted(set(recipes.table(FACTS).split('\n')) - set(table.split('\n'))) == [
+    recipes._row(name, FACTS[name])
+  ]
+
+
 def test_every_recipe_is_of_a_config_that_ships():
   assert {name.partition(':')[0] for name in papers.RECIPES} <= shipped().keys()
 

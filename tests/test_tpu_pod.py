@@ -62,7 +62,7 @@ CMJAX = r"""#!/bin/bash
 read -r code <"$PLAY/codes"
 sed -i 1d "$PLAY/codes"
 printf '%s|' "$@" >>"$PLAY/arguments"
-echo "step 1 of a run that ends with $code"
+echo "step 1 of a run that ends with $code${NOTE:+, $NOTE}"
 case $code in
   deleted) echo DELETING >"$PLAY/states"; exit 1 ;;
   suspended) printf '%s\n' SUSPENDING SUSPENDED >"$PLAY/states"; exit 1 ;;
@@ -185,7 +185,7 @@ def test_a_tpu_that_somebody_deletes_is_not_requested_again(pod):
 def test_a_setup_that_fails_is_repeated_on_the_same_tpu(pod, tmp_path):
   start, calls = pod
   (tmp_path / 'fails').write_text('echo no such revision >&2')
-  count = f'echo set_up >>{tmp_path}/setup'
+  count = f"echo set_up >>{tmp_path}/setup; export NOTE='a note'"
   run = start('run', *RUN, SETUP=count)
   text, _ = run.communicate(timeout=60)
   assert run.returncode == 1, text
@@ -196,7 +196,9 @@ def test_a_setup_that_fails_is_repeated_on_the_same_tpu(pod, tmp_path):
   assert (tmp_path / 'setup').read_text() == 'set_up\n'  # a mount, which is still there
   (tmp_path / 'fails').unlink()
   run = start('run', *RUN, codes=[0], SETUP=count)
-  assert (run.communicate(timeout=60), run.returncode)[1] == 0
+  text, _ = run.communicate(timeout=60)
+  assert run.returncode == 0
+  assert 'ends with 0, a note' in text  # the variables of the first start
   assert (tmp_path / 'setup').read_text() == 'set_up\n'
 
 

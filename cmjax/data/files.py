@@ -1,11 +1,9 @@
 """The user's own data: images in a folder or a zip file, or arrays in `.npz` files."""
 
-from pathlib import Path
-
 from cmjax.core import UserError
 from cmjax.data import archives, images
 from cmjax.data.disk import examples_of
-from cmjax.data.reading import reading
+from cmjax.data.reading import local, reading
 from cmjax.data.shards import read_shards
 from cmjax.data.source import Source, image_source
 
@@ -44,7 +42,8 @@ def from_path(
   """
   if not path.strip():
     raise UserError('config.data.path: is empty; give a folder, an .npz or a .zip file')
-  data, resize = Path(path), images.resize_of(size, crop)
+  data = local(path, 'config.data.path')
+  resize = images.resize_of(size, crop)
   names, arrays = [], []
   if data.is_dir():
     with reading(f'config.data.path: cannot read {data}'):

@@ -7,7 +7,7 @@ import numpy as np
 
 from cmjax.core import UserError
 from cmjax.data.images import IMAGE_SUFFIXES, image_files, read_image
-from cmjax.data.reading import check_memory, reading
+from cmjax.data.reading import check_memory, local, reading
 
 
 def read_inputs(
@@ -22,7 +22,7 @@ def read_inputs(
   Raises: UserError, naming the key `where`, if there are no images, one cannot be read,
     has another size, or is coloured and the model is not.
   """
-  top = Path(path)
+  top = local(path, where)
   if not top.exists():
     raise UserError(f'{where}: {path} does not exist; give an image or a folder')
   files = [top]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 import contextlib
+from pathlib import Path
 
 import numpy as np
 
@@ -9,6 +10,16 @@ from cmjax.core import UserError, first_line
 from cmjax.runtime import sharding
 
 MAX_CLASSES = 10**6  # with more, one-hot labels would dominate the memory of a batch
+
+
+def local(path: str, where: str) -> Path:
+  """The path of data. Raises: UserError, naming the key `where`, for an address."""
+  if '://' in path:
+    raise UserError(
+      f'{where}: {path} is not a local or mounted path; copy it to one, or mount the '
+      'bucket'
+    )
+  return Path(path)
 
 
 def check_memory(size: int, what: str, hint: str = 'fewer or smaller ones') -> None:

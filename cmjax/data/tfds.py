@@ -13,7 +13,7 @@ import numpy as np
 from cmjax.core import UserError, first_line
 from cmjax.data import decoded, images
 from cmjax.data.disk import examples_of, facts_of, fits
-from cmjax.data.reading import checked_images, reading
+from cmjax.data.reading import checked_images, local, reading
 from cmjax.data.source import Source, image_source
 
 DATA_DIR_VARIABLE = 'CMJAX_DATA_DIR'
@@ -61,12 +61,7 @@ def tfds(
     )
   resize = images.resize_of(size, crop)
   data_dir = data_dir or os.environ.get(DATA_DIR_VARIABLE, '') or _default_folder()
-  if '://' in data_dir:
-    raise UserError(
-      f'config.data.data_dir: {data_dir} is not a local or mounted folder; copy it '
-      'to one, or mount the bucket'
-    )
-  folder = Path(data_dir).expanduser()
+  folder = local(data_dir, 'config.data.data_dir').expanduser()
   _check_features(folder / re.split('[/:]', name)[0])
   identity = _identity(folder, name, split, resize)
   examples, labels, classes = _cached(identity, conditional, memory_gib)
