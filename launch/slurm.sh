@@ -20,9 +20,8 @@ source .venv/bin/activate
 # A task that fails ends the others.
 code=0
 srun --kill-on-bad-exit=1 cmjax --distributed "$@" || code=$?
-# 75: a process hung, or its bucket did not answer. Above 128: a task was killed, which
-# also happens to tasks that hang when another one ends. Both resume from the last
-# checkpoint.
+# 75: another attempt may succeed. Above 128: a task was killed, which also happens to
+# tasks that hang when another one ends. Both resume from the last checkpoint.
 if [ "$code" -eq 75 ] || [ "$code" -gt 128 ]; then
   if [ "${SLURM_RESTART_COUNT:-0}" -lt "${MAX_RESTARTS:-20}" ]; then
     scontrol requeue "$SLURM_JOB_ID"

@@ -185,8 +185,8 @@ follow() {  # sets `ended`: done, failed, stalled, preempted or deleted
         all=$(codes all 90)
         say "cmjax ended with $all"
         ended=failed
-        # 75: the watchdog; above 128: killed, as by jax if a host is silent; gone: a
-        # worker has restarted.
+        # 75: another attempt may succeed; above 128: killed, as by jax if a host is
+        # silent; gone: a worker has restarted.
         if [[ " $all" =~ \ (75|gone|12[89]|1[3-9][0-9])\  ]]; then
           ended=stalled
         fi

@@ -1,8 +1,11 @@
 """Strict mode: eight devices, no silent broadcasting, no key used twice."""
 
+import atexit
 import gc
 import os
 from pathlib import Path
+import shutil
+import signal
 import tempfile
 
 # Before jax is imported: a test of sharding needs devices to shard over, and tests
@@ -18,14 +21,21 @@ os.environ['XLA_FLAGS'] = ' '.join(
   )
 )
 os.environ['JAX_PLATFORMS'] = 'cpu'
-os.environ['JAX_ENABLE_COMPILATION_CACHE'] = 'false'  # not a user's folder
-os.environ['CMJAX_CACHE_DIR'] = tempfile.mkdtemp(prefix='cmjax_')
+# Not the folders of the user: those of compiled programs, which all processes of the
+# tests share, and of decoded data.
+if 'CMJAX_TESTS' not in os.environ:
+  os.environ['CMJAX_TESTS'] = tempfile.mkdtemp(prefix='cmjax_tests_')
+  atexit.register(shutil.rmtree, os.environ['CMJAX_TESTS'], ignore_errors=True)
+os.environ['JAX_COMPILATION_CACHE_DIR'] = f'{os.environ["CMJAX_TESTS"]}/compiled'
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.1'
+os.environ['CMJAX_CACHE_DIR'] = f'{os.environ["CMJAX_TESTS"]}/cache'
 
 import jax
 import pytest
 
 from cmjax.runtime import sharding
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup ignores it
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_debug_key_reuse', True)
 

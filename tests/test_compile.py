@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 
@@ -264,14 +265,24 @@ def test_slices_are_the_first_axis_of_a_mesh():
 
 
 @NEEDS_LIBTPU
-def test_the_command_writes_markdown_and_json_and_overwrites_nothing(tmp_path):
+def test_the_command_writes_markdown_and_json_and_overwrites_nothing(
+  tmp_path, tmp_path_factory
+):
   # In a process of its own, without the settings that tests give jax.
   command = [*SMALL, '--mode=compile', '--topology=v5e:2x2', '--blank=8,1,10']
   start = [sys.executable, '-m', 'cmjax.main', f'--workdir={tmp_path}']
+  cache = tmp_path_factory.mktemp('cache')
+  environment = os.environ | {
+    'JAX_COMPILATION_CACHE_DIR': str(cache),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+  }
   for _ in range(2):
-    done = subprocess.run([*start, *command], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+      [*start, *command], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     assert (done.returncode, done.stderr) == (0, '')
     assert '| temporaries |' in done.stdout
+  assert not list(cache.glob('jit_train_step*'))  # which would not be read
   names = sorted(path.name for path in tmp_path.iterdir())
   stems = 'compile_v5e_2x2', 'compile_v5e_2x2_2'
   assert names == [f'{stem}.{kind}' for stem in stems for kind in ('json', 'md')]

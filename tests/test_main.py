@@ -832,11 +832,19 @@ def test_a_device_error_says_what_may_help(error, expected):
   assert re.search(expected, errors.advice(error))
 
 
+@pytest.mark.parametrize(
+  ('error', 'code'),
+  [('UNAVAILABLE: connection reset', errors.RETRY), ('INTERNAL: core halted', 1)],
+)
+def test_a_device_that_is_not_available_is_tried_again_later(error, code, capsys):
+  assert errors.report(jax.errors.JaxRuntimeError(error)) == code
+  assert capsys.readouterr().err.startswith(f'cmjax: {error}; a device failed')
+
+
 def test_what_was_compiled_is_found_again(tmp_path):
   cache = tmp_path / 'cache'
   other = tmp_path / 'other'  # what is given on the command line wins
   environment = os.environ | {
-    'JAX_ENABLE_COMPILATION_CACHE': 'true',
     'JAX_COMPILATION_CACHE_DIR': str(other),
     # A step this small may compile in under the second that JAX asks for.
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',

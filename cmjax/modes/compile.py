@@ -4,7 +4,10 @@ The result is the program that a pod would run, with its memory and its collecti
 """
 
 import argparse
+from collections.abc import Iterator
+import contextlib
 import json
+import math
 import re
 import time
 from typing import Any, NamedTuple
@@ -88,7 +91,8 @@ def compile_step(run: Run, effort: int = -1) -> Report:
   memory, error, exchanged = None, '', []
   options: Any = {'optimization_level': _LEVELS[effort]}
   try:
-    compiled = traced.lower().compile(compiler_options=options)
+    with _uncached():
+      compiled = traced.lower().compile(compiler_options=options)
   except jax.errors.JaxRuntimeError as failure:
     if 'RESOURCE_EXHAUSTED' not in str(failure):
       raise
@@ -105,6 +109,18 @@ def compile_step(run: Run, effort: int = -1) -> Report:
     exchanged = collectives(compiled.as_text() or '')
   seconds = time.monotonic() - start
   return Report(held, memory, error, flops(traced.jaxpr), exchanged, seconds)
+
+
+@contextlib.contextmanager
+def _uncached() -> Iterator[None]:
+  """Without the cache of jax, which cannot read programs for absent devices again."""
+  key = 'jax_persistent_cache_min_compile_time_secs'
+  least_s = getattr(jax.config, key)
+  jax.config.update(key, math.inf)
+  try:
+    yield
+  finally:
+    jax.config.update(key, least_s)
 
 
 def facts(run: Run, name: str, effort: int, report: Report) -> dict[str, Any]:

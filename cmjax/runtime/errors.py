@@ -20,6 +20,8 @@ _LIBRARIES = {
 }
 
 RETRY = 75  # exit code EX_TEMPFAIL of sysexits.h: a launcher may repeat the command
+# Of gRPC: another process or a device is gone, and another attempt may succeed.
+_TRANSIENT = 'UNAVAILABLE', 'ABORTED', 'DEADLINE_EXCEEDED'
 
 
 @contextlib.contextmanager
@@ -101,7 +103,7 @@ def report(error: Exception) -> int:
     return 1
   if isinstance(error, jax.errors.JaxRuntimeError):
     say(f'{first_line(error)}; {advice(str(error), jax.process_count())}')
-    return 1
+    return RETRY if str(error).startswith(_TRANSIENT) else 1
   traceback.print_exception(error)
   say('the error above is a bug in cmjax; please report it with the command')
   return 1
