@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains an EDM teacher and an ECT student on real digits, samples, evaluates, and prints
 # the table, the pictures, and last the page that shows both runs, to open in a browser.
-# Needs Python >= 3.11; about three minutes on two cores.
+# Needs Python >= 3.11; three to five minutes on two cores.
 # Usage: launch/quickstart.sh [FOLDER]   (default: runs/quickstart in the checkout)
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)

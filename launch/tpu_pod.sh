@@ -224,7 +224,8 @@ mounts what all workers share; a folder of one worker is lost with it" ;;
     *) runtime=${RUNTIME:-} ;;
   esac
   [ "$runtime" ] || refuse "$type: no known TPU type; set RUNTIME"
-  repository=${REPOSITORY:-$(git -C "$root" remote get-url origin)}
+  repository=${REPOSITORY:-$(git -C "$root" remote get-url origin 2>/dev/null)} ||
+    refuse "this checkout has no remote 'origin'; set REPOSITORY to what workers clone"
   revision=${REVISION:-$(git -C "$root" rev-parse HEAD)}
 }
 

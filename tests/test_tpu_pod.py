@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 
@@ -255,6 +256,13 @@ def test_what_would_lose_the_run_is_refused_in_one_line(words, message, pod, tmp
   assert text.startswith(f'tpu_pod: {message}')
   assert text.count('\n') == 1
   assert not (tmp_path / 'calls').exists()
+
+
+def test_a_checkout_that_workers_cannot_clone_is_one_line(pod, tmp_path):
+  (tmp_path / 'fails').write_text('echo error: no such remote >&2')
+  text, _ = (run := pod[0]('run', *RUN, REPOSITORY='')).communicate(timeout=60)
+  assert run.returncode == 2
+  assert re.fullmatch(r"tpu_pod: this checkout has no remote 'origin'; set .*\n", text)
 
 
 def test_a_dry_run_prints_the_commands_and_gives_none(pod, tmp_path):
