@@ -111,7 +111,7 @@ rm -f cmjax_run/exit
 boot=\$(cat /proc/sys/kernel/random/boot_id)
 if [ \"\$(cat cmjax_run/set_up 2>/dev/null)\" != \"\$boot\" ]; then
   ${SETUP:-:}
-  export -p >cmjax_run/variables
+  (umask 077 && export -p >cmjax_run/variables)
   echo \"\$boot\" >cmjax_run/set_up
 fi
 . cmjax_run/variables
