@@ -829,8 +829,8 @@ def test_data_in_a_bucket_is_refused(tmp_path):
     tfds(name='cifar10', data_dir='gs://sets')
   with pytest.raises(UserError, match=r'gs://sets/x\.npz is not a local or mounted'):
     from_path(path='gs://sets/x.npz')
-  with pytest.raises(UserError, match='--image: gs://sets is not a local or mounted'):
-    read_inputs('gs://sets', '--image', (8, 8, 3))
+  with pytest.raises(UserError, match='--input: gs://sets is not a local or mounted'):
+    read_inputs('gs://sets', '--input', (8, 8, 3))
 
 
 def test_no_module_of_cmjax_imports_tensorflow_or_torch():

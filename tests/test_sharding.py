@@ -1,5 +1,7 @@
 """Placements on eight fake devices."""
 
+import contextlib
+
 import jax
 import numpy as np
 import pytest
@@ -90,3 +92,23 @@ def test_one_process_agrees_with_itself():
   sharding.check_same({'config': 'x'})
   assert sharding.all_true(True) is True
   assert sharding.all_true(False) is False
+
+
+@pytest.mark.parametrize('kind', [core.UserError, core.RetryError])
+def test_processes_end_with_the_error_of_the_first_and_its_kind(kind, monkeypatch):
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(
+    sharding.multihost_utils, 'broadcast_one_to_all', lambda value: value
+  )
+
+  @contextlib.contextmanager
+  def failing():
+    raise kind('no answer')
+    yield
+
+  with (
+    pytest.raises(kind, match='no answer') as error,
+    sharding.on_process_0(failing()),
+  ):
+    pass
+  assert type(error.value) is kind
